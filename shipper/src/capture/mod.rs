@@ -1,0 +1,1 @@
+//! Copying a closed epoch into segments.

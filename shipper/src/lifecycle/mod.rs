@@ -1,0 +1,1 @@
+//! Protection of a machine over time.

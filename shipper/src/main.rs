@@ -1,0 +1,3 @@
+//! The shipper program.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Recovery points made into disks again.

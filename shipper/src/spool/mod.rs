@@ -1,0 +1,1 @@
+//! Sealed epochs that wait for upload.

@@ -1,0 +1,1 @@
+//! Moving the spool into the vault.

@@ -1,0 +1,1 @@
+//! Layout, manifests and generations of a vault.
