@@ -1,0 +1,124 @@
+//! The client side of the control socket, blocking.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+
+use super::protocol::{Answer, CaptureOutcome, Request, Status, encode_request, error_of};
+use crate::epoch::MachineStatus;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Epoch;
+
+/// Time that the tracker has for one answer. A cut waits for the guest's writes in flight.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A connection to a tracker's control socket.
+#[derive(Debug)]
+pub struct ControlClient {
+    stream: BufReader<UnixStream>,
+    path: PathBuf,
+}
+
+impl ControlClient {
+    /// Connects.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens there.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let unreachable = |error| {
+            Error::io(
+                format!(
+                    "Cannot reach the tracker at {}: is it running?",
+                    path.display()
+                ),
+                error,
+            )
+        };
+        let stream = UnixStream::connect(path).map_err(unreachable)?;
+        stream
+            .set_read_timeout(Some(ANSWER_DEADLINE))
+            .map_err(unreachable)?;
+        stream
+            .set_write_timeout(Some(ANSWER_DEADLINE))
+            .map_err(unreachable)?;
+        Ok(Self {
+            stream: BufReader::new(stream),
+            path: path.to_owned(),
+        })
+    }
+
+    /// Everything about the tracker.
+    pub fn status(&mut self) -> Result<Status> {
+        self.ask(&Request::Status {})
+    }
+
+    /// The epochs of the machine.
+    pub fn epochs(&mut self) -> Result<MachineStatus> {
+        self.ask(&Request::Epochs {})
+    }
+
+    /// Closes the open epoch and returns its number; the next one is at least `minimum`.
+    ///
+    /// # Errors
+    ///
+    /// Of kind `State` where an epoch is closed already.
+    pub fn cut(&mut self, minimum: Epoch) -> Result<Epoch> {
+        self.ask(&Request::Cut { minimum })
+    }
+
+    /// Says that the capture of the closed epoch begins.
+    pub fn capture_begin(&mut self, epoch: Epoch) -> Result<()> {
+        self.ask(&Request::CaptureBegin { epoch })
+    }
+
+    /// Says how the capture of the closed epoch ended. May be repeated.
+    pub fn capture_end(&mut self, epoch: Epoch, outcome: CaptureOutcome) -> Result<()> {
+        self.ask(&Request::CaptureEnd { epoch, outcome })
+    }
+
+    /// Says that the recovery point of the epoch is durable. May be repeated.
+    pub fn commit(&mut self, epoch: Epoch) -> Result<()> {
+        self.ask(&Request::Commit { epoch })
+    }
+
+    /// Says that the spool is lost. May be repeated.
+    pub fn revert(&mut self) -> Result<()> {
+        self.ask(&Request::Revert {})
+    }
+
+    fn ask<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
+        let lost = |path: &Path, error| {
+            Error::io(format!("Lost the tracker at {}", path.display()), error)
+        };
+        let mut line = encode_request(request)?;
+        line.push('\n');
+        self.stream
+            .get_mut()
+            .write_all(line.as_bytes())
+            .map_err(|e| lost(&self.path, e))?;
+        line.clear();
+        let count = self
+            .stream
+            .read_line(&mut line)
+            .map_err(|e| lost(&self.path, e))?;
+        if count == 0 {
+            return Err(lost(&self.path, std::io::ErrorKind::UnexpectedEof.into()));
+        }
+        let garbled = |error: serde_json::Error| {
+            let path = self.path.display();
+            Error::new(
+                ErrorKind::Protocol,
+                format!("The answer from {path} is not one of a tracker of this version"),
+            )
+            .with_source(error)
+        };
+        match serde_json::from_str(&line).map_err(garbled)? {
+            Answer::Ok(value) => serde_json::from_value(value).map_err(garbled),
+            Answer::Error(wire) => Err(error_of(wire)),
+        }
+    }
+}

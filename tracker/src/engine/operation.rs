@@ -1,0 +1,250 @@
+//! The disk operations that one request takes, one after the other.
+//!
+//! Order: data first, then, for a request with FUA, the sync; a step begins when the one before
+//! has completed. A range to be made zero is punched out (or, with NO_HOLE, zeroed in place); where
+//! the file system can do neither, zeroes are written.
+//!
+//! Errors of the disk go to the client as they are. A failed sync is never retried: the kernel
+//! calls the pages clean that it failed to write, so a second sync would succeed over lost data.
+
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
+use super::uring::{Held, Ring};
+use crate::disk::Disk;
+use crate::epoch;
+use crate::extent::Epoch;
+use crate::nbd::request::{Command, Request};
+use crate::nbd::wire::ReplyError;
+
+/// Largest write that a worker makes itself, where the ring would hand it to a kernel thread. A
+/// larger one takes long enough that other connections gain from the kernel thread.
+pub const INLINE_BYTES_MAX: usize = 64 << 10;
+/// Zeroes that are written at once where a range cannot be punched out.
+const ZERO_BYTES: usize = 256 << 10;
+
+/// How a step left an operation.
+pub enum Outcome {
+    /// Another step is in flight.
+    Pending,
+    /// The request can be answered.
+    Done(Result<(), ReplyError>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Transfer,
+    Allocate,
+    Zero,
+    Sync,
+}
+
+/// A request that is being carried out.
+pub struct Operation {
+    /// Index of the connection that asked.
+    pub connection: usize,
+    /// Index of the disk.
+    pub disk: usize,
+    /// What was asked.
+    pub request: Request,
+    /// The epoch that admission stamped, if the request changes the disk.
+    pub epoch: Option<Epoch>,
+    /// Data from [`HEAD_BYTES`] on; gone while the kernel has them.
+    pub buffer: Option<Buffer>,
+    /// A sync that belonged to this request failed.
+    pub sync_failed: bool,
+    done_bytes: usize,
+    step: Step,
+}
+
+/// How the journal calls a command; `None` if it changes nothing.
+pub fn tracked(command: Command) -> Option<epoch::Operation> {
+    match command {
+        Command::Write => Some(epoch::Operation::Write),
+        Command::Trim => Some(epoch::Operation::Trim),
+        Command::WriteZeroes { .. } => Some(epoch::Operation::WriteZeroes),
+        Command::Read | Command::Flush => None,
+    }
+}
+
+/// Writes at once, on the caller's thread.
+pub fn write_now(disk: &Disk, offset: u64, data: &[u8]) -> Result<(), ReplyError> {
+    disk.file()
+        .write_all_at(data, offset)
+        .map_err(|error| ReplyError::from_errno(error.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+impl Operation {
+    /// An operation that has not begun.
+    pub fn new(
+        connection: usize,
+        disk: usize,
+        request: Request,
+        epoch: Option<Epoch>,
+        buffer: Option<Buffer>,
+    ) -> Self {
+        let step = match request.command {
+            Command::Read | Command::Write => Step::Transfer,
+            Command::Trim | Command::WriteZeroes { .. } => Step::Allocate,
+            Command::Flush => Step::Sync,
+        };
+        Self {
+            connection,
+            disk,
+            request,
+            epoch,
+            buffer,
+            sync_failed: false,
+            done_bytes: 0,
+            step,
+        }
+    }
+
+    /// Submits the first step.
+    pub fn start(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
+        self.submit(disk, ring, tag)
+    }
+
+    /// Takes the result of the step in flight and submits the next one.
+    pub fn advance(
+        &mut self,
+        disk: &Disk,
+        ring: &mut Ring,
+        tag: u64,
+        result: i32,
+        held: Held,
+    ) -> Outcome {
+        if let Held::Buffer(buffer) = held {
+            self.buffer = Some(buffer);
+        }
+        if matches!(-result, libc::EINTR | libc::EAGAIN) {
+            return self.submit(disk, ring, tag);
+        }
+        match (self.step, usize::try_from(result)) {
+            // A read or write that moves nothing has met the end of a file that was cut short.
+            (Step::Transfer | Step::Zero, Ok(0)) => Outcome::Done(Err(ReplyError::Io)),
+            (Step::Transfer | Step::Zero, Ok(count)) => {
+                self.done_bytes += count;
+                if self.done_bytes < self.request.length as usize {
+                    self.submit(disk, ring, tag)
+                } else {
+                    self.data_done(disk, ring, tag)
+                }
+            }
+            (Step::Allocate, Ok(_)) => self.data_done(disk, ring, tag),
+            (Step::Allocate, Err(_)) => self.allocation_failed(disk, ring, tag, -result),
+            (Step::Sync, Ok(_)) => Outcome::Done(self.synced(disk)),
+            (Step::Sync, Err(_)) => {
+                self.note_failed_sync(disk);
+                Outcome::Done(Err(ReplyError::from_errno(-result)))
+            }
+            (Step::Transfer | Step::Zero, Err(_)) => {
+                if self.request.force_unit_access {
+                    // Writing and syncing are one call here, and either may have failed.
+                    self.note_failed_sync(disk);
+                }
+                Outcome::Done(Err(ReplyError::from_errno(-result)))
+            }
+        }
+    }
+
+    fn submit(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
+        let Request {
+            command,
+            offset,
+            length,
+            force_unit_access,
+            ..
+        } = self.request;
+        let file = disk.as_raw_fd();
+        let at = offset + self.done_bytes as u64;
+        match self.step {
+            Step::Transfer => {
+                let range = HEAD_BYTES + self.done_bytes..HEAD_BYTES + length as usize;
+                let Some(buffer) = self.buffer.take() else {
+                    return Outcome::Done(Err(ReplyError::NoMemory));
+                };
+                if command == Command::Read {
+                    ring.read(file, at, buffer, range, tag);
+                } else {
+                    ring.write(file, at, buffer, range, force_unit_access, tag);
+                }
+            }
+            Step::Zero => {
+                let range = HEAD_BYTES..HEAD_BYTES + self.zero_step();
+                let Some(buffer) = self.buffer.take() else {
+                    return Outcome::Done(Err(ReplyError::NoMemory));
+                };
+                ring.write(file, at, buffer, range, force_unit_access, tag);
+            }
+            Step::Allocate => {
+                ring.allocate(file, self.allocation_mode(), offset, u64::from(length), tag);
+            }
+            Step::Sync => {
+                if disk.sync_failed() {
+                    return Outcome::Done(Err(ReplyError::Io));
+                }
+                ring.sync(file, tag);
+            }
+        }
+        Outcome::Pending
+    }
+
+    fn zero_step(&self) -> usize {
+        let left: Range<usize> = self.done_bytes..self.request.length as usize;
+        left.len().min(ZERO_BYTES)
+    }
+
+    fn allocation_mode(&self) -> i32 {
+        match self.request.command {
+            Command::WriteZeroes { no_hole: true } => {
+                libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
+            }
+            _ => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+        }
+    }
+
+    fn allocation_failed(&mut self, disk: &Disk, ring: &mut Ring, tag: u64, errno: i32) -> Outcome {
+        // EINVAL: a device that only takes whole sectors.
+        if !matches!(
+            errno,
+            libc::EOPNOTSUPP | libc::EINVAL | libc::ENODEV | libc::ENOSYS
+        ) {
+            return Outcome::Done(Err(ReplyError::from_errno(errno)));
+        }
+        if self.request.command == Command::Trim {
+            // A TRIM is advice; what is not supported is not done.
+            return Outcome::Done(Ok(()));
+        }
+        self.step = Step::Zero;
+        self.buffer = BufferPool::default().take(ZERO_BYTES).ok();
+        self.submit(disk, ring, tag)
+    }
+
+    fn data_done(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
+        if !self.request.force_unit_access {
+            return Outcome::Done(Ok(()));
+        }
+        if self.step == Step::Allocate {
+            self.step = Step::Sync;
+            return self.submit(disk, ring, tag);
+        }
+        Outcome::Done(self.synced(disk))
+    }
+
+    /// A sync succeeded; that counts only if none has failed before it.
+    fn synced(&self, disk: &Disk) -> Result<(), ReplyError> {
+        if disk.sync_failed() {
+            Err(ReplyError::Io)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn note_failed_sync(&mut self, disk: &Disk) {
+        disk.set_sync_failed();
+        self.sync_failed = true;
+    }
+}

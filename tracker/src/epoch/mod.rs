@@ -1,0 +1,428 @@
+//! The epochs of a machine over the journals of its disks.
+//!
+//! Overview: `admit` stamps a write, records it and is wait-free; it is called by the workers.
+//! Everything else moves watermarks and is called by the control socket, one at a time.
+//!
+//! Order of an admission: the stamp; the ring record, unless the filter says that every block has
+//! one in this epoch; the filter's bits. The bits come after the record, so that another worker
+//! that trusts a bit finds the record in the mapping.
+//!
+//! Why the filter may be trusted: it belongs to one epoch and starts empty, so a set bit stands for
+//! a record whose epoch lay in the open set when the bit was set. Records leave only by a commit at
+//! or above their epoch, or into a checkpoint that counts for their epoch. Giving up a closed
+//! epoch, or losing the spool, only moves watermarks down: records of the open set stay in it.
+//!
+//! Order of a cut: the clock moves for all disks at once; the writes of the old epoch complete; the
+//! watermark of each journal is published and synced. A crash before the last one leaves an epoch
+//! that is not closed everywhere, which recovery merges into the open one.
+//!
+//! What it does not handle: the blocks' content. A closed epoch's blocks that are written again are
+//! not preserved.
+
+mod clock;
+
+mod filter;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Epoch, Extent, blocks_of};
+use crate::journal::state::{EpochState, reconcile};
+use crate::journal::{self, Journal, JournalOptions, RecoveryReport};
+use clock::Clock;
+use filter::Filter;
+
+pub use crate::journal::format::Operation;
+
+/// A disk and its journal.
+#[derive(Clone, Debug)]
+pub struct DiskSpec {
+    /// Name of the export.
+    pub name: String,
+    /// Path of the disk.
+    pub image: PathBuf,
+    /// Path of its journal.
+    pub journal: PathBuf,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// What tells it from other disks.
+    pub identity: [u8; 16],
+}
+
+/// How a machine is opened.
+#[derive(Clone, Debug)]
+pub struct MachineOptions {
+    /// Number of workers; each calls with its own number below it.
+    pub workers: usize,
+    /// Size of a new ring in bytes.
+    pub ring_bytes: u64,
+    /// Set existing journals aside.
+    pub rebuild: bool,
+    /// Keep journals; without them nothing can be cut.
+    pub tracking: bool,
+}
+
+/// The epochs of a machine as its control socket shows them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// New writes are stamped with it.
+    pub open: Epoch,
+    /// It is being captured.
+    pub closed: Option<Epoch>,
+    /// The highest epoch that is complete in the spool.
+    pub sealed: Epoch,
+    /// The highest epoch that is a recovery point.
+    pub committed: Epoch,
+    /// The disks.
+    pub disks: Vec<DiskStatus>,
+}
+
+/// One disk as the control socket shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Name of the export.
+    pub name: String,
+    /// Path of the disk.
+    pub image: PathBuf,
+    /// Path of its journal.
+    pub journal: PathBuf,
+    /// Random number of the journal: 32 hexadecimal digits.
+    pub journal_id: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Every block counts as changed as of this epoch.
+    pub resync: Option<Epoch>,
+    /// Blocks recorded in the open epoch since it was opened or the tracker started.
+    pub open_dirty_blocks: u64,
+    /// Blocks recorded in the closed epoch.
+    pub closed_dirty_blocks: u64,
+    /// Records that the ring takes.
+    pub ring_capacity_records: u64,
+    /// Records in the ring.
+    pub ring_used_records: u64,
+    /// Checkpoint sets in use, of two.
+    pub checkpoint_sets: u64,
+    /// Records written since the tracker started.
+    pub records_written: u64,
+    /// Writes that needed no record, since the tracker started.
+    pub records_elided: u64,
+    /// Times that records were folded, since the tracker started.
+    pub folds: u64,
+}
+
+/// One tracked disk.
+struct TrackedDisk {
+    spec: DiskSpec,
+    journal: Journal,
+    /// Filters of even and odd epochs.
+    filters: [Filter; 2],
+    elided: AtomicU64,
+}
+
+impl TrackedDisk {
+    fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) {
+        let filter = &self.filters[(epoch.0 & 1) as usize];
+        if filter.contains(extent) {
+            self.elided.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        self.journal.record(epoch, extent, operation);
+        filter.insert(extent);
+    }
+}
+
+/// The disks of one machine. Shared by workers and the control socket.
+pub struct Machine {
+    clock: Clock,
+    disks: Vec<TrackedDisk>,
+    /// Held while watermarks move.
+    moving: Mutex<()>,
+}
+
+impl Machine {
+    /// Opens or makes the journals of all disks, and brings them to one state.
+    ///
+    /// # Errors
+    ///
+    /// A journal is in use or must not be trusted; see [`journal::open`].
+    pub fn open(
+        specs: Vec<DiskSpec>,
+        options: &MachineOptions,
+    ) -> Result<(Self, Vec<RecoveryReport>)> {
+        let mut disks = Vec::new();
+        let mut reports = Vec::new();
+        for spec in specs.into_iter().filter(|_| options.tracking) {
+            let (journal, report) = journal::open(
+                &spec.journal,
+                &JournalOptions {
+                    disk_identity: spec.identity,
+                    disk_size_bytes: spec.size_bytes,
+                    ring_bytes: options.ring_bytes,
+                    rebuild: options.rebuild,
+                },
+            )?;
+            let blocks = blocks_of(spec.size_bytes);
+            let filters = [Filter::new(blocks)?, Filter::new(blocks)?];
+            disks.push(TrackedDisk {
+                spec,
+                journal,
+                filters,
+                elided: AtomicU64::new(0),
+            });
+            reports.push(report);
+        }
+        let mut states: Vec<EpochState> = disks.iter().map(|disk| disk.journal.state()).collect();
+        reconcile(&mut states);
+        for (disk, state) in disks.iter().zip(&states) {
+            disk.journal.update(|present| {
+                present.open = state.open;
+                present.closed = state.closed;
+            })?;
+        }
+        let open = states.first().map_or(Epoch(1), |state| state.open);
+        let clock = Clock::new(open, options.workers);
+        Ok((
+            Self {
+                clock,
+                disks,
+                moving: Mutex::new(()),
+            },
+            reports,
+        ))
+    }
+
+    /// Stamps and records a write before its data is submitted. Wait-free, no allocation. Every
+    /// call is followed by [`Self::complete`] with the epoch returned.
+    pub fn admit(&self, worker: usize, disk: usize, extent: Extent, operation: Operation) -> Epoch {
+        let epoch = self.clock.enter(worker);
+        if let Some(disk) = self.disks.get(disk) {
+            disk.note(epoch, extent, operation);
+        }
+        epoch
+    }
+
+    /// The write that was admitted with this epoch has completed, well or not.
+    pub fn complete(&self, worker: usize, epoch: Epoch) {
+        self.clock.leave(worker, epoch);
+    }
+
+    fn begin(&self) -> Result<MutexGuard<'_, ()>> {
+        if self.disks.is_empty() {
+            return Err(Error::new(
+                ErrorKind::State,
+                "Nothing is tracked: the tracker was started with --no-journal or --read-only",
+            ));
+        }
+        Ok(self.moving.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The watermarks of the machine; those of its disks agree but for a moment during a change.
+    fn states(&self) -> Vec<EpochState> {
+        self.disks.iter().map(|disk| disk.journal.state()).collect()
+    }
+
+    fn closed(&self) -> Option<Epoch> {
+        self.states().iter().filter_map(|state| state.closed).max()
+    }
+
+    fn update(&self, change: impl Fn(&mut EpochState)) -> Result<()> {
+        self.disks
+            .iter()
+            .try_for_each(|disk| disk.journal.update(&change))
+    }
+
+    /// Closes the open epoch on all disks and returns it, once its writes have completed. The next
+    /// epoch is at least `minimum`.
+    ///
+    /// # Errors
+    ///
+    /// `State`: an epoch is closed already, or writes do not complete in time (the epoch is then
+    /// merged into the next). `Io`: a superblock cannot be synced.
+    pub fn cut(&self, minimum: Epoch, drain_timeout: Duration) -> Result<Epoch> {
+        let _moving = self.begin()?;
+        if let Some(closed) = self.closed() {
+            return Err(Error::new(
+                ErrorKind::State,
+                format!("Epoch {closed} is closed and not sealed: end its capture first"),
+            ));
+        }
+        let closing = self.clock.open();
+        let next = self.clock.next(minimum);
+        let stuck = || {
+            Error::new(
+                ErrorKind::State,
+                format!(
+                    "Writes of epoch {closing} did not complete in {} s: try again",
+                    drain_timeout.as_secs()
+                ),
+            )
+        };
+        // A cut that gave up earlier may have left writes of the parity that comes next.
+        if !self.clock.drain(next, drain_timeout) {
+            return Err(stuck());
+        }
+        for disk in &self.disks {
+            disk.filters[(next.0 & 1) as usize].clear()?;
+        }
+        self.clock.advance(next);
+        if !self.clock.drain(closing, drain_timeout) {
+            return Err(stuck());
+        }
+        self.update(|state| {
+            state.open = closing;
+            state.cut(next);
+        })?;
+        Ok(closing)
+    }
+
+    /// The closed epoch is durable in the spool. May be repeated.
+    ///
+    /// # Errors
+    ///
+    /// `State`: this epoch is neither closed nor sealed.
+    pub fn seal(&self, epoch: Epoch) -> Result<()> {
+        let _moving = self.begin()?;
+        let states = self.states();
+        if states.iter().all(|state| state.sealed >= epoch) {
+            return Ok(());
+        }
+        if self.closed() != Some(epoch) {
+            return Err(self.not_closed(epoch));
+        }
+        self.update(|state| state.seal(epoch))
+    }
+
+    /// The closed epoch is given up: its changes belong to the open one. May be repeated.
+    ///
+    /// # Errors
+    ///
+    /// `State`: another epoch is closed, or this one is sealed.
+    pub fn abandon(&self, epoch: Epoch) -> Result<()> {
+        let _moving = self.begin()?;
+        let states = self.states();
+        let closed = self.closed();
+        if states.iter().any(|state| state.sealed >= epoch) || closed.is_some_and(|c| c != epoch) {
+            return Err(self.not_closed(epoch));
+        }
+        self.update(|state| state.closed = None)
+    }
+
+    fn not_closed(&self, epoch: Epoch) -> Error {
+        let closed = self
+            .closed()
+            .map_or("none is".to_owned(), |closed| format!("{closed} is"));
+        Error::new(
+            ErrorKind::State,
+            format!("Epoch {epoch} is not closed: {closed}"),
+        )
+    }
+
+    /// The epoch's recovery point is durable in the vault: what is known of it and of all before it
+    /// is dropped. May be repeated.
+    ///
+    /// # Errors
+    ///
+    /// `State`: the epoch is not sealed.
+    pub fn commit(&self, epoch: Epoch) -> Result<()> {
+        let _moving = self.begin()?;
+        if self.states().iter().any(|state| state.sealed < epoch) {
+            return Err(Error::new(
+                ErrorKind::State,
+                format!("Epoch {epoch} is not sealed and cannot be committed"),
+            ));
+        }
+        self.update(|state| state.commit(epoch))
+    }
+
+    /// The spool is lost: what is not committed counts as changed in the open epoch. May be
+    /// repeated.
+    ///
+    /// # Errors
+    ///
+    /// `Io`: a superblock cannot be synced.
+    pub fn revert(&self) -> Result<()> {
+        let _moving = self.begin()?;
+        self.update(EpochState::revert)
+    }
+
+    /// Every block of the disk counts as changed as of the open epoch, from this moment on.
+    ///
+    /// # Errors
+    ///
+    /// None at present: the mark is one store to the journal.
+    pub fn mark_suspect(&self, disk: usize, reason: &str) -> Result<()> {
+        if let Some(disk) = self.disks.get(disk) {
+            tracing::warn!(
+                "Every block of disk {} counts as changed: {reason}",
+                disk.spec.name
+            );
+            disk.journal.raise_alarm(self.clock.open());
+        }
+        Ok(())
+    }
+
+    /// Folds the journals whose ring is filling up. Called about ten times a second.
+    ///
+    /// # Errors
+    ///
+    /// A checkpoint cannot be written; coverage is kept all the same.
+    pub fn maintain(&self) -> Result<()> {
+        self.disks
+            .iter()
+            .try_for_each(|disk| disk.journal.maintain())
+    }
+
+    /// The epochs, disks and journals.
+    pub fn status(&self) -> MachineStatus {
+        let states = self.states();
+        let lowest = |of: fn(&EpochState) -> Epoch| states.iter().map(of).min().unwrap_or_default();
+        MachineStatus {
+            open: self.clock.open(),
+            closed: states.iter().filter_map(|state| state.closed).max(),
+            sealed: lowest(|state| state.sealed),
+            committed: lowest(|state| state.committed),
+            disks: self
+                .disks
+                .iter()
+                .zip(&states)
+                .map(|(d, s)| self.disk_status(d, s))
+                .collect(),
+        }
+    }
+
+    fn disk_status(&self, disk: &TrackedDisk, state: &EpochState) -> DiskStatus {
+        let open = self.clock.open();
+        let count = |epoch: Epoch| disk.filters[(epoch.0 & 1) as usize].count();
+        let ring = disk.journal.ring();
+        DiskStatus {
+            name: disk.spec.name.clone(),
+            image: disk.spec.image.clone(),
+            journal: disk.spec.journal.clone(),
+            journal_id: disk.journal.id(),
+            size_bytes: disk.spec.size_bytes,
+            resync: state.resync,
+            open_dirty_blocks: count(open),
+            closed_dirty_blocks: state.closed.map_or(0, count),
+            ring_capacity_records: ring.capacity(),
+            ring_used_records: ring.head() - ring.tail(),
+            checkpoint_sets: disk.journal.sets_in_use(),
+            records_written: disk.journal.records_written(),
+            records_elided: disk.elided.load(Ordering::Relaxed),
+            folds: disk.journal.folds(),
+        }
+    }
+
+    /// Syncs all journals and marks them clean. No write may be admitted any more.
+    ///
+    /// # Errors
+    ///
+    /// A sync fails.
+    pub fn close(&self) -> Result<()> {
+        self.disks.iter().try_for_each(|disk| disk.journal.close())
+    }
+}

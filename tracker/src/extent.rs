@@ -1,0 +1,146 @@
+//! Blocks, extents and epochs: the units in which changes are counted. Pure.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes in one block, the unit of tracking, capture and fingerprints.
+pub const BLOCK_SIZE: u64 = 4096;
+
+/// The number of an epoch. Epoch numbers only grow; order is theirs, never a clock's.
+///
+/// Prints as sixteen hexadecimal digits, so that text order is numeric order. Zero stands
+/// before the first epoch.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Epoch(pub u64);
+
+impl Epoch {
+    /// Before the first epoch.
+    pub const ZERO: Self = Self(0);
+
+    /// The epoch after this one.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{:016x}", self.0)
+    }
+}
+
+/// A run of blocks: `block_count` blocks from `first_block` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Extent {
+    /// Index of the first block; its byte offset is `first_block * BLOCK_SIZE`.
+    pub first_block: u64,
+    /// Number of blocks.
+    pub block_count: u64,
+}
+
+impl Extent {
+    /// The blocks that the bytes `offset .. offset + length_bytes` touch, wholly or in part.
+    /// Empty for a length of zero. The caller has checked the range against the disk's size.
+    pub fn covering(offset: u64, length_bytes: u64) -> Self {
+        let first_block = offset / BLOCK_SIZE;
+        let end_block = (offset + length_bytes).div_ceil(BLOCK_SIZE);
+        let block_count = if length_bytes == 0 {
+            0
+        } else {
+            end_block - first_block
+        };
+        Self {
+            first_block,
+            block_count,
+        }
+    }
+
+    /// The block after the last one.
+    pub fn end_block(self) -> u64 {
+        self.first_block + self.block_count
+    }
+
+    /// Byte offset of the first block.
+    pub fn offset_bytes(self) -> u64 {
+        self.first_block * BLOCK_SIZE
+    }
+
+    /// Length in bytes.
+    pub fn length_bytes(self) -> u64 {
+        self.block_count * BLOCK_SIZE
+    }
+}
+
+/// Blocks needed to cover a disk of `size_bytes`; the last one may be short.
+pub fn blocks_of(size_bytes: u64) -> u64 {
+    size_bytes.div_ceil(BLOCK_SIZE)
+}
+
+/// Sorts `extents` and merges those that overlap or touch; drops empty ones.
+pub fn coalesce(extents: &mut Vec<Extent>) {
+    extents.retain(|extent| extent.block_count > 0);
+    extents.sort_unstable();
+    let mut merged = 0;
+    for index in 1..extents.len() {
+        let extent = extents[index];
+        let last = extents[merged];
+        if extent.first_block <= last.end_block() {
+            let end = last.end_block().max(extent.end_block());
+            extents[merged].block_count = end - last.first_block;
+        } else {
+            merged += 1;
+            extents[merged] = extent;
+        }
+    }
+    extents.truncate(merged + 1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn covering_counts_partial_blocks() {
+        assert_eq!(Extent::covering(0, 0).block_count, 0);
+        assert_eq!(
+            Extent::covering(4095, 2),
+            Extent {
+                first_block: 0,
+                block_count: 2
+            }
+        );
+        assert_eq!(
+            Extent::covering(4096, 4096),
+            Extent {
+                first_block: 1,
+                block_count: 1
+            }
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn coalesce_keeps_the_set_of_blocks(pairs in prop::collection::vec((0u64..64, 0u64..9), 0..20)) {
+            let mut extents: Vec<Extent> = pairs
+                .iter()
+                .map(|&(first_block, block_count)| Extent { first_block, block_count })
+                .collect();
+            let blocks = |extents: &[Extent]| -> BTreeSet<u64> {
+                extents.iter().flat_map(|e| e.first_block..e.end_block()).collect()
+            };
+            let before = blocks(&extents);
+            coalesce(&mut extents);
+            prop_assert_eq!(before, blocks(&extents));
+            for pair in extents.windows(2) {
+                prop_assert!(pair[0].end_block() < pair[1].first_block);
+            }
+        }
+    }
+}

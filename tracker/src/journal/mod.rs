@@ -1,0 +1,27 @@
+//! The journal file `DISK.hrl`: which blocks of a disk changed in which epoch.
+//!
+//! `docs/journal-format.md` is its specification. The tracker owns and writes it (`writer`); the
+//! shipper looks into it through `reader` alone.
+
+pub mod format;
+
+pub mod state;
+
+mod mapping;
+
+mod ring;
+
+mod checkpoint;
+
+mod writer;
+
+mod recovery;
+
+pub mod reader;
+
+mod verify;
+
+pub use mapping::LazyWords;
+pub use recovery::{Found, JournalOptions, RecoveryReport, open};
+pub use verify::{VerifyReport, dump, verify};
+pub use writer::Journal;

@@ -1,0 +1,355 @@
+//! A journal as another process reads it while its tracker writes, or after it died.
+//!
+//! Order: the superblock is copied out, then the ring and the checkpoint pages, then the superblock
+//! again. If the tail or a set has moved meanwhile, slots may have been reused under the scan, and
+//! everything is read anew. Records of a closed epoch are complete before a cut is answered, so
+//! what a reader of closed epochs sees does not change under it in any other way.
+//!
+//! What it does not handle: locking. A journal that is set aside meanwhile goes on being read.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+use super::checkpoint::{SetPlace, extents_of_page};
+use super::format::{
+    ALARM_OFFSET, Operation, PageState, RECORD_BYTES, SetDescriptor, Slot, Superblock, decode_alarm,
+};
+use super::mapping::SharedWords;
+use super::recovery::{map_checked, read_superblock};
+use super::ring::read_slot;
+use super::state::EpochState;
+use super::writer::distrusted;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Epoch, Extent, blocks_of, coalesce};
+
+/// Attempts to read a superblock or a set of records that changes under the reader.
+const ATTEMPTS_MAX: usize = 1000;
+
+/// A journal, open for reading.
+#[derive(Debug)]
+pub struct JournalReader {
+    path: PathBuf,
+    file: File,
+    words: SharedWords,
+    first: FirstLook,
+}
+
+/// What never changes in a journal.
+#[derive(Debug)]
+struct FirstLook {
+    journal_id: String,
+    disk_size_bytes: u64,
+}
+
+impl JournalReader {
+    /// Opens a journal.
+    ///
+    /// # Errors
+    ///
+    /// It is missing, damaged, cut short or of a future version.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)
+            .map_err(|error| Error::io(format!("Cannot open journal {}", path.display()), error))?;
+        let (words, superblock, _) = retry(|| map_checked(path, &file, false, None))?;
+        let journal_id = uuid::Uuid::from_bytes(superblock.journal_id)
+            .simple()
+            .to_string();
+        let first = FirstLook {
+            journal_id,
+            disk_size_bytes: superblock.disk_size_bytes.get(),
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            words,
+            first,
+        })
+    }
+
+    /// Random number of the journal, as 32 hexadecimal digits.
+    pub fn journal_id(&self) -> String {
+        self.first.journal_id.clone()
+    }
+
+    /// Size of the disk in bytes.
+    pub fn disk_size_bytes(&self) -> u64 {
+        self.first.disk_size_bytes
+    }
+
+    fn superblock(&self) -> Result<Superblock> {
+        retry(|| Ok(read_superblock(&self.path, &self.words, None)?.0))
+    }
+
+    fn alarm(&self) -> Result<Option<Epoch>> {
+        let word = self.words.words()[ALARM_OFFSET as usize / 8].load(Ordering::Acquire);
+        decode_alarm(word).map_err(|()| {
+            let what = format!("the alarm word at offset {ALARM_OFFSET} is damaged");
+            distrusted(ErrorKind::Corrupt, &self.path, &what)
+        })
+    }
+
+    /// The watermarks at this moment.
+    ///
+    /// # Errors
+    ///
+    /// The superblocks are damaged.
+    pub fn state(&self) -> Result<EpochState> {
+        let mut state = EpochState::of(&self.superblock()?);
+        state.resync = state.resync.max(self.alarm()?);
+        Ok(state)
+    }
+
+    /// What changed in the epochs after `after`, up to and with `through`. Complete for epochs that
+    /// are closed.
+    ///
+    /// # Errors
+    ///
+    /// A record is damaged, or the journal changes faster than it can be read.
+    pub fn dirty(&self, after: Epoch, through: Epoch) -> Result<DirtySet<'_>> {
+        for _ in 0..ATTEMPTS_MAX {
+            let superblock = self.superblock()?;
+            let alarm = self.alarm()?;
+            let ring = self.ring_extents(&superblock, after, through)?;
+            let within = |epoch: Epoch| after < epoch && epoch <= through;
+            let resync = EpochState::of(&superblock).resync;
+            let all = resync.is_some_and(within) || alarm.is_some_and(within);
+            let sets = [0, 1]
+                .map(|index: usize| (superblock.sets[index], SetPlace::of(&superblock, index)));
+            let again = self.superblock()?;
+            let moved = again.ring_tail.get() != superblock.ring_tail.get()
+                || (0..2).any(|index| {
+                    again.sets[index].generation.get() != superblock.sets[index].generation.get()
+                });
+            if !moved {
+                let sets = sets
+                    .into_iter()
+                    .filter(|(set, _)| {
+                        set.highest_epoch.get() > after.0 && set.lowest_epoch.get() <= through.0
+                    })
+                    .filter(|(set, _)| set.highest_epoch.get() != 0)
+                    .collect();
+                return Ok(DirtySet {
+                    reader: self,
+                    all,
+                    ring,
+                    sets,
+                });
+            }
+        }
+        Err(Error::new(
+            ErrorKind::State,
+            format!(
+                "Journal {} changes faster than it can be read",
+                self.path.display()
+            ),
+        ))
+    }
+
+    fn ring_extents(
+        &self,
+        superblock: &Superblock,
+        after: Epoch,
+        through: Epoch,
+    ) -> Result<Vec<Extent>> {
+        let tail = superblock.ring_tail.get();
+        let first_word = superblock.ring_offset.get() as usize / 8;
+        let capacity = superblock.ring_records.get() as usize;
+        let blocks = blocks_of(self.first.disk_size_bytes);
+        let mut extents = Vec::new();
+        let slots = self.words.words().get(first_word..).unwrap_or_default();
+        for (index, slot) in slots.chunks_exact(4).take(capacity).enumerate() {
+            let Ok(slot) = slot.try_into() else { continue };
+            let record = match read_slot(slot) {
+                Slot::Empty | Slot::Writing => continue,
+                Slot::Whole(record) => record,
+                Slot::Damaged => {
+                    let offset = superblock.ring_offset.get() + index as u64 * RECORD_BYTES;
+                    let what = format!("the record at offset {offset} is damaged");
+                    return Err(distrusted(ErrorKind::Corrupt, &self.path, &what));
+                }
+            };
+            let wanted = record.sequence >= tail
+                && record.operation != Operation::Null
+                && record.epoch > after
+                && record.epoch <= through;
+            if wanted && record.first_block < blocks {
+                extents.push(Extent {
+                    first_block: record.first_block,
+                    block_count: record.block_count.min(blocks - record.first_block),
+                });
+            }
+        }
+        coalesce(&mut extents);
+        Ok(extents)
+    }
+}
+
+/// Repeats what fails as corrupt: the tracker may just be rewriting a superblock.
+fn retry<T>(mut read: impl FnMut() -> Result<T>) -> Result<T> {
+    let mut attempt = 0;
+    loop {
+        match read() {
+            Err(error) if error.kind() == ErrorKind::Corrupt && attempt < ATTEMPTS_MAX => {
+                attempt += 1;
+                std::hint::spin_loop();
+            }
+            result => return result,
+        }
+    }
+}
+
+/// What changed in an interval of epochs.
+#[derive(Debug)]
+pub struct DirtySet<'a> {
+    reader: &'a JournalReader,
+    all: bool,
+    ring: Vec<Extent>,
+    sets: Vec<(SetDescriptor, SetPlace)>,
+}
+
+impl DirtySet<'_> {
+    /// Every block counts as changed; the extents are only what is known besides.
+    pub fn all(&self) -> bool {
+        self.all
+    }
+
+    /// The changed blocks as sorted, disjoint extents that do not touch, except where a run is
+    /// longer than what one checkpoint page covers.
+    ///
+    /// # Errors
+    ///
+    /// The checkpoint cannot be read.
+    pub fn extents(&self) -> impl Iterator<Item = Result<Extent>> + '_ {
+        let cursors = self.sets.iter().map(|(set, place)| PageCursor {
+            set: self.reader,
+            place: *place,
+            generation: set.generation.get(),
+            next_page: Some(0),
+            pending: Vec::new(),
+        });
+        Merge {
+            ring: self.ring.iter().copied().peekable(),
+            cursors: cursors.collect(),
+            blocks: blocks_of(self.reader.first.disk_size_bytes),
+            pending: None,
+            failed: false,
+        }
+    }
+
+    /// Number of changed blocks.
+    ///
+    /// # Errors
+    ///
+    /// The checkpoint cannot be read.
+    pub fn block_count(&self) -> Result<u64> {
+        self.extents()
+            .try_fold(0, |sum, extent| Ok(sum + extent?.block_count))
+    }
+}
+
+/// Walks the pages of one checkpoint set; memory for one page at a time.
+struct PageCursor<'a> {
+    set: &'a JournalReader,
+    place: SetPlace,
+    generation: u64,
+    next_page: Option<u64>,
+    /// Extents of the present page, in reverse.
+    pending: Vec<Extent>,
+}
+
+impl PageCursor<'_> {
+    fn peek(&mut self) -> Result<Option<Extent>> {
+        while self.pending.is_empty() {
+            let Some(page) = self.next_page else {
+                return Ok(None);
+            };
+            let failed = |error| {
+                let path = self.set.path.display();
+                Error::io(format!("Cannot read a checkpoint of journal {path}"), error)
+            };
+            let Some(page) = self.place.next_page(&self.set.file, page).map_err(failed)? else {
+                self.next_page = None;
+                return Ok(None);
+            };
+            self.next_page = Some(page + 1);
+            let (bytes, state) = self
+                .place
+                .read_page(&self.set.file, page, self.generation)
+                .map_err(failed)?;
+            if state == PageState::Damaged {
+                let path = self.set.path.display();
+                tracing::warn!("Checkpoint page {page} of {path} is damaged: all its blocks count");
+            }
+            self.pending = extents_of_page(&bytes, state, page);
+            self.pending.reverse();
+        }
+        Ok(self.pending.last().copied())
+    }
+}
+
+/// Merges the ring's extents with those of the checkpoint sets.
+struct Merge<'a, R: Iterator<Item = Extent>> {
+    ring: std::iter::Peekable<R>,
+    cursors: Vec<PageCursor<'a>>,
+    blocks: u64,
+    pending: Option<Extent>,
+    failed: bool,
+}
+
+impl<R: Iterator<Item = Extent>> Merge<'_, R> {
+    /// The extent that begins first in any source.
+    fn lowest(&mut self) -> Result<Option<Extent>> {
+        let mut best = self.ring.peek().copied();
+        let mut source = None;
+        for (index, cursor) in self.cursors.iter_mut().enumerate() {
+            if let Some(extent) = cursor.peek()?
+                && best.is_none_or(|best| extent.first_block < best.first_block)
+            {
+                best = Some(extent);
+                source = Some(index);
+            }
+        }
+        match source {
+            Some(index) => drop(self.cursors[index].pending.pop()),
+            None => drop(self.ring.next()),
+        }
+        Ok(best)
+    }
+
+    fn step(&mut self) -> Result<Option<Extent>> {
+        loop {
+            let next = self
+                .lowest()?
+                .filter(|extent| extent.first_block < self.blocks);
+            let Some(mut next) = next else {
+                return Ok(self.pending.take());
+            };
+            next.block_count = next.block_count.min(self.blocks - next.first_block);
+            match &mut self.pending {
+                Some(last) if next.first_block <= last.end_block() => {
+                    let end = last.end_block().max(next.end_block());
+                    last.block_count = end - last.first_block;
+                }
+                _ => {
+                    if let Some(finished) = self.pending.replace(next) {
+                        return Ok(Some(finished));
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<R: Iterator<Item = Extent>> Iterator for Merge<'_, R> {
+    type Item = Result<Extent>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.failed {
+            return None;
+        }
+        let step = self.step();
+        self.failed = step.is_err();
+        step.transpose()
+    }
+}

@@ -1,0 +1,169 @@
+//! The epochs of a disk as four watermarks, and what belongs to which. Pure.
+//!
+//! `open > closed > sealed >= committed`; every record carries its epoch, and sets are intervals:
+//! open: after the closed (or else the sealed) one; closed: after the sealed one up to the closed
+//! one; sealed: after the committed one up to the sealed one. Giving up a closed epoch, or losing
+//! the spool, moves a watermark and thereby merges; no record is touched.
+
+use serde::{Deserialize, Serialize};
+
+use super::format::Superblock;
+use crate::extent::Epoch;
+
+/// The watermarks of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochState {
+    /// New writes are stamped with it.
+    pub open: Epoch,
+    /// It is being captured.
+    pub closed: Option<Epoch>,
+    /// The highest epoch that is complete and durable in the spool.
+    pub sealed: Epoch,
+    /// The highest epoch whose recovery point is durable in the vault.
+    pub committed: Epoch,
+    /// Every block counts as changed as of this epoch.
+    pub resync: Option<Epoch>,
+}
+
+impl EpochState {
+    /// The state of a new journal: nothing is in the vault, so every block counts as changed.
+    pub fn initial() -> Self {
+        Self {
+            open: Epoch(1),
+            resync: Some(Epoch(1)),
+            ..Self::default()
+        }
+    }
+
+    /// Epochs after this one belong to the open set.
+    pub fn open_after(&self) -> Epoch {
+        self.closed.unwrap_or(self.sealed)
+    }
+
+    /// Closes the open epoch; the next one is `next`, which the caller has chosen above it.
+    pub fn cut(&mut self, next: Epoch) {
+        self.closed = Some(self.open);
+        self.open = next;
+    }
+
+    /// The closed epoch is durable in the spool.
+    pub fn seal(&mut self, epoch: Epoch) {
+        self.sealed = self.sealed.max(epoch);
+        if self.closed.is_some_and(|closed| closed <= epoch) {
+            self.closed = None;
+        }
+    }
+
+    /// The epoch's recovery point is durable in the vault.
+    pub fn commit(&mut self, epoch: Epoch) {
+        self.seal(epoch);
+        self.committed = self.committed.max(epoch);
+        if self.resync.is_some_and(|resync| resync <= self.committed) {
+            self.resync = None;
+        }
+    }
+
+    /// The spool is lost.
+    pub fn revert(&mut self) {
+        self.closed = None;
+        self.sealed = self.committed;
+    }
+
+    /// Whether the watermarks are in order.
+    pub fn is_consistent(&self) -> bool {
+        self.committed <= self.sealed
+            && self.sealed < self.open
+            && self
+                .closed
+                .is_none_or(|closed| self.sealed < closed && closed < self.open)
+            && self
+                .resync
+                .is_none_or(|resync| self.committed < resync && resync <= self.open)
+    }
+
+    /// The state that a superblock holds.
+    pub fn of(superblock: &Superblock) -> Self {
+        let some = |epoch: u64| (epoch != 0).then_some(Epoch(epoch));
+        Self {
+            open: Epoch(superblock.open.get()),
+            closed: some(superblock.closed.get()),
+            sealed: Epoch(superblock.sealed.get()),
+            committed: Epoch(superblock.committed.get()),
+            resync: some(superblock.resync.get()),
+        }
+    }
+
+    /// Puts the state into a superblock.
+    pub fn store(&self, superblock: &mut Superblock) {
+        superblock.open = self.open.0.into();
+        superblock.closed = self.closed.map_or(0, |epoch| epoch.0).into();
+        superblock.sealed = self.sealed.0.into();
+        superblock.committed = self.committed.0.into();
+        superblock.resync = self.resync.map_or(0, |epoch| epoch.0).into();
+    }
+}
+
+/// One state for all disks of a machine, made from what each journal holds after a crash that may
+/// have come in the middle of an update of all of them.
+///
+/// The open epoch is the highest of all. An epoch stays closed only where every disk has closed or
+/// sealed it: a cut or seal that did not reach every disk was not answered, so its requester will
+/// repeat it, or cut anew.
+pub fn reconcile(states: &mut [EpochState]) {
+    let Some(open) = states.iter().map(|state| state.open).max() else {
+        return;
+    };
+    let closed = states.iter().filter_map(|state| state.closed).max();
+    let kept = closed.filter(|&epoch| {
+        states
+            .iter()
+            .all(|state| state.closed == Some(epoch) || state.sealed == epoch)
+    });
+    for state in states {
+        state.open = open;
+        if kept.is_none() {
+            state.closed = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cut_that_did_not_reach_every_disk_is_merged() {
+        let mut first = EpochState::initial();
+        let second = first;
+        first.cut(Epoch(2));
+        let mut states = [first, second];
+        reconcile(&mut states);
+        for state in states {
+            assert_eq!((state.open, state.closed), (Epoch(2), None));
+        }
+    }
+
+    #[test]
+    fn a_seal_that_did_not_reach_every_disk_keeps_the_epoch_closed() {
+        let mut first = EpochState::initial();
+        first.cut(Epoch(2));
+        let second = first;
+        first.seal(Epoch(1));
+        let mut states = [first, second];
+        reconcile(&mut states);
+        assert_eq!(states[0].closed, None);
+        assert_eq!(states[0].sealed, Epoch(1));
+        assert_eq!(states[1].closed, Some(Epoch(1)));
+    }
+
+    #[test]
+    fn a_commit_drops_an_older_resync() {
+        let mut state = EpochState::initial();
+        state.cut(Epoch(2));
+        state.seal(Epoch(1));
+        assert_eq!(state.resync, Some(Epoch(1)));
+        state.commit(Epoch(1));
+        assert_eq!(state.resync, None);
+        assert!(state.is_consistent());
+    }
+}

@@ -1,0 +1,226 @@
+//! `tracker journal verify` and `tracker journal dump`: a journal looked at from outside.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use super::checkpoint::SetPlace;
+use super::format::{
+    ALARM_OFFSET, FLAG_CLEAN, PAGE_BYTES, PageState, RECORD_BYTES, RING_OFFSET, Slot, Superblock,
+    SuperblockFault, decode_alarm,
+};
+use super::mapping::SharedWords;
+use super::recovery::{map_checked, scan};
+use super::ring::read_slot;
+use super::state::EpochState;
+use crate::error::{Error, Result};
+
+/// What `verify` found.
+#[derive(Clone, Debug, Default)]
+pub struct VerifyReport {
+    /// One line for each thing that is wrong, with its offset.
+    pub problems: Vec<String>,
+}
+
+fn open(path: &Path) -> Result<File> {
+    File::open(path)
+        .map_err(|error| Error::io(format!("Cannot open journal {}", path.display()), error))
+}
+
+/// Checks every structure of a journal.
+///
+/// # Errors
+///
+/// The file cannot be read at all. What is wrong inside it is in the report.
+pub fn verify(path: &Path) -> Result<VerifyReport> {
+    let file = open(path)?;
+    let mut report = VerifyReport::default();
+    let io = |error| Error::io(format!("Cannot read journal {}", path.display()), error);
+    if file.metadata().map_err(io)?.len() < RING_OFFSET {
+        report.problems.push(format!(
+            "It is shorter than the {RING_OFFSET} bytes of its head"
+        ));
+        return Ok(report);
+    }
+    let head = SharedWords::readable(&file, RING_OFFSET).map_err(io)?;
+    verify_superblocks(&head, &mut report);
+    let (words, superblock, _) = match map_checked(path, &file, false, None) {
+        Ok(mapped) => mapped,
+        Err(error) => {
+            if report.problems.is_empty() {
+                report.problems.push(error.to_string());
+            }
+            return Ok(report);
+        }
+    };
+    if !EpochState::of(&superblock).is_consistent() {
+        report
+            .problems
+            .push("The watermarks of its epochs contradict each other".to_owned());
+    }
+    let alarm_words = &words.words()[ALARM_OFFSET as usize / 8..RING_OFFSET as usize / 8];
+    for (index, word) in alarm_words.iter().enumerate() {
+        let word = word.load(Ordering::Acquire);
+        let whole = if index == 0 {
+            decode_alarm(word).is_ok()
+        } else {
+            word == 0
+        };
+        if !whole {
+            let offset = ALARM_OFFSET + index as u64 * 8;
+            report
+                .problems
+                .push(format!("The word at offset {offset} is damaged"));
+        }
+    }
+    verify_ring(path, &words, &superblock, &mut report);
+    verify_checkpoints(&file, &superblock, &mut report).map_err(io)?;
+    Ok(report)
+}
+
+fn verify_superblocks(head: &SharedWords, report: &mut VerifyReport) {
+    for copy in 0..2 {
+        let offset = copy * PAGE_BYTES;
+        let mut page = vec![0; PAGE_BYTES];
+        if head.copy_out(offset as u64, &mut page).is_none() {
+            continue;
+        }
+        match Superblock::decode(&page) {
+            Ok(_) | Err(SuperblockFault::Torn) => {}
+            Err(SuperblockFault::Damaged) => {
+                report
+                    .problems
+                    .push(format!("The superblock at offset {offset} is damaged"));
+            }
+            Err(SuperblockFault::Future(version)) => {
+                let line = format!("The superblock at offset {offset} is of version {version}");
+                report.problems.push(line);
+            }
+        }
+    }
+}
+
+fn verify_ring(
+    path: &Path,
+    words: &SharedWords,
+    superblock: &Superblock,
+    report: &mut VerifyReport,
+) {
+    let before = report.problems.len();
+    let first_word = superblock.ring_offset.get() as usize / 8;
+    let slots = words.words()[first_word..].chunks_exact(4);
+    for (index, slot) in slots
+        .take(superblock.ring_records.get() as usize)
+        .enumerate()
+    {
+        if let Ok(slot) = slot.try_into()
+            && read_slot(slot) == Slot::Damaged
+        {
+            let offset = superblock.ring_offset.get() + index as u64 * RECORD_BYTES;
+            report
+                .problems
+                .push(format!("The record at offset {offset} is damaged"));
+        }
+    }
+    if report.problems.len() == before
+        && let Err(error) = scan(path, words, superblock)
+    {
+        report.problems.push(error.to_string());
+    }
+}
+
+fn verify_checkpoints(
+    file: &File,
+    superblock: &Superblock,
+    report: &mut VerifyReport,
+) -> std::io::Result<()> {
+    for index in 0..2 {
+        let place = SetPlace::of(superblock, index);
+        let generation = superblock.sets[index].generation.get();
+        let mut page = 0;
+        while let Some(found) = place.next_page(file, page)? {
+            let (_, state) = place.read_page(file, found, generation)?;
+            if state == PageState::Damaged {
+                let line = format!("Page {found} of checkpoint set {index} is damaged");
+                report.problems.push(line);
+            }
+            page = found + 1;
+        }
+    }
+    Ok(())
+}
+
+/// Prints a journal: superblock, watermarks, checkpoint sets, and every live record.
+///
+/// # Errors
+///
+/// It cannot be read or trusted, or `out` cannot be written to.
+pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
+    let file = open(path)?;
+    let (words, superblock, copy) = map_checked(path, &file, false, None)?;
+    let scan = scan(path, &words, &superblock)?;
+    match print(out, &superblock, copy, &scan.records) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("Cannot print the journal", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn print(
+    out: &mut dyn Write,
+    superblock: &Superblock,
+    copy: usize,
+    records: &[super::format::Record],
+) -> std::io::Result<()> {
+    let state = EpochState::of(superblock);
+    let clean = superblock.flags.get() & FLAG_CLEAN != 0;
+    let shown = |epoch: Option<crate::extent::Epoch>| {
+        epoch.map_or("none".to_owned(), |epoch| epoch.to_string())
+    };
+    let id = uuid::Uuid::from_bytes(superblock.journal_id).simple();
+    writeln!(
+        out,
+        "journal {id}, superblock {copy}, sequence {}",
+        superblock.sequence.get()
+    )?;
+    writeln!(
+        out,
+        "disk of {} bytes, clean: {clean}",
+        superblock.disk_size_bytes.get()
+    )?;
+    writeln!(
+        out,
+        "open {}, closed {}, sealed {}, committed {}, resync {}",
+        state.open,
+        shown(state.closed),
+        state.sealed,
+        state.committed,
+        shown(state.resync)
+    )?;
+    for (index, set) in superblock.sets.iter().enumerate() {
+        writeln!(
+            out,
+            "checkpoint set {index}: generation {}, epochs {:016x} to {:016x}",
+            set.generation.get(),
+            set.lowest_epoch.get(),
+            set.highest_epoch.get()
+        )?;
+    }
+    writeln!(
+        out,
+        "ring of {} records, tail {}, {} live",
+        superblock.ring_records.get(),
+        superblock.ring_tail.get(),
+        records.len()
+    )?;
+    for record in records {
+        writeln!(
+            out,
+            "{} epoch {} {:?} block {} count {}",
+            record.sequence, record.epoch, record.operation, record.first_block, record.block_count
+        )?;
+    }
+    Ok(())
+}

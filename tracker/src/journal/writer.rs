@@ -1,0 +1,419 @@
+//! The journal of one disk as its tracker writes it.
+//!
+//! Overview: `record` is on the way of every write and takes no lock. Everything else (superblock
+//! updates, folding, trimming) is done by one thread at a time under the mutex.
+//!
+//! Order: a superblock is published by rewriting the copy that does not count: its magic is
+//! replaced by a mark, its other words are stored, its magic last. Slots of the ring are freed
+//! only after the superblock that no longer needs them is published.
+//!
+//! Crash consistency: after SIGKILL the page cache holds every store up to it, in order. One copy
+//! of the superblock is always whole; a copy in rewriting carries the mark. When the ring is full
+//! the alarm word is stored before the write goes on, so coverage is never lost: every block then
+//! counts as changed.
+//!
+//! What it does not handle: power cuts. The superblock is synced at every cut, seal and commit, the
+//! ring only at a clean close; after a boot without one every block counts as changed.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::fcntl::Flock;
+use zerocopy::IntoBytes;
+
+use super::checkpoint::{Folding, SetPlace};
+use super::format::{
+    ALARM_OFFSET, FLAG_CLEAN, MAGIC, MAGIC_WRITING, Operation, PAGE_BYTES, RECORD_BLOCKS_MAX,
+    Record, Slot, Superblock, decode_alarm, encode_alarm,
+};
+use super::mapping::SharedWords;
+use super::ring::Ring;
+use super::state::EpochState;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Epoch, Extent};
+
+/// Past this share of the ring, in percent, the oldest records are folded.
+const FOLD_ABOVE_PERCENT: u64 = 70;
+/// Folding goes on down to this share.
+const FOLD_DOWN_TO_PERCENT: u64 = 50;
+const ALARM_WORD: usize = ALARM_OFFSET as usize / 8;
+
+/// The superblock as last published, and which copy holds it.
+struct Published {
+    superblock: Superblock,
+    copy: usize,
+}
+
+/// The journal of one disk, locked by its tracker.
+pub struct Journal {
+    path: PathBuf,
+    file: Flock<File>,
+    words: SharedWords,
+    ring: Ring,
+    published: Mutex<Published>,
+    full: AtomicBool,
+    folds: AtomicU64,
+    written: AtomicU64,
+}
+
+impl Journal {
+    /// A journal over a file that recovery has checked; `copy` is the superblock that counts.
+    pub(super) fn new(
+        path: PathBuf,
+        file: Flock<File>,
+        words: SharedWords,
+        superblock: Superblock,
+        copy: usize,
+        head: u64,
+    ) -> Self {
+        let first_word = superblock.ring_offset.get() as usize / 8;
+        let ring = Ring::new(
+            first_word,
+            superblock.ring_records.get(),
+            superblock.ring_tail.get(),
+            head,
+        );
+        Self {
+            path,
+            file,
+            words,
+            ring,
+            published: Mutex::new(Published { superblock, copy }),
+            full: AtomicBool::new(false),
+            folds: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+        }
+    }
+
+    /// Path of the file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Positions of the ring.
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// Times that records were folded since the journal was opened.
+    pub fn folds(&self) -> u64 {
+        self.folds.load(Ordering::Relaxed)
+    }
+
+    /// Records written since the journal was opened.
+    pub fn records_written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// Fills a hole that a dead writer left, or tells of a change at recovery.
+    pub(super) fn fill(&self, record: Record) {
+        self.ring.fill(self.words.words(), record);
+    }
+
+    /// Records that blocks change in this epoch. Takes no lock and allocates nothing. If the ring
+    /// is full, every block counts as changed as of this epoch.
+    pub fn record(&self, epoch: Epoch, extent: Extent, operation: Operation) {
+        let mut first_block = extent.first_block;
+        while first_block < extent.end_block() {
+            let block_count = (extent.end_block() - first_block).min(RECORD_BLOCKS_MAX);
+            let record = Record {
+                sequence: 0,
+                epoch,
+                operation,
+                first_block,
+                block_count,
+            };
+            if !self.ring.append(self.words.words(), record) {
+                self.raise_alarm(epoch);
+                self.full.store(true, Ordering::Relaxed);
+                return;
+            }
+            self.written.fetch_add(1, Ordering::Relaxed);
+            first_block += block_count;
+        }
+    }
+
+    /// Makes every block count as changed as of this epoch or a later one.
+    pub fn raise_alarm(&self, epoch: Epoch) {
+        let word = &self.words.words()[ALARM_WORD];
+        let mut present = word.load(Ordering::Acquire);
+        while decode_alarm(present).is_ok_and(|set| set < Some(epoch)) {
+            match word.compare_exchange(
+                present,
+                encode_alarm(epoch),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return,
+                Err(now) => present = now,
+            }
+        }
+    }
+
+    fn alarm(&self) -> Option<Epoch> {
+        decode_alarm(self.words.words()[ALARM_WORD].load(Ordering::Acquire))
+            .ok()
+            .flatten()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Published> {
+        self.published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The watermarks, the alarm included.
+    pub fn state(&self) -> EpochState {
+        let mut state = EpochState::of(&self.lock().superblock);
+        state.resync = state.resync.max(self.alarm());
+        state
+    }
+
+    /// Random number of this journal, as 32 hexadecimal digits.
+    pub fn id(&self) -> String {
+        uuid::Uuid::from_bytes(self.lock().superblock.journal_id)
+            .simple()
+            .to_string()
+    }
+
+    /// Pages that are set in the checkpoint sets: none, one or both of them are in use.
+    pub fn sets_in_use(&self) -> u64 {
+        let published = self.lock();
+        published
+            .superblock
+            .sets
+            .iter()
+            .filter(|set| set.highest_epoch.get() != 0)
+            .count() as u64
+    }
+
+    /// Changes the watermarks, publishes them, frees what is committed, and syncs the superblock.
+    ///
+    /// # Errors
+    ///
+    /// The sync fails; the change stands for every crash but a power cut.
+    pub fn update(&self, change: impl FnOnce(&mut EpochState)) -> Result<()> {
+        let mut published = self.lock();
+        let mut superblock = published.superblock;
+        let mut state = EpochState::of(&superblock);
+        change(&mut state);
+        state.store(&mut superblock);
+        let tail = self.first_needed(self.ring.tail(), state.committed);
+        superblock.ring_tail = tail.into();
+        let mut dropped = Vec::new();
+        for (index, set) in superblock.sets.iter_mut().enumerate() {
+            let highest = set.highest_epoch.get();
+            if highest != 0 && highest <= state.committed.0 {
+                set.generation = (set.generation.get() + 1).into();
+                set.highest_epoch = 0.into();
+                set.lowest_epoch = 0.into();
+                dropped.push(index);
+            }
+        }
+        self.publish(&mut published, superblock);
+        self.ring.set_tail(tail);
+        self.drop_alarm(state.committed);
+        for set in dropped {
+            // Pages of an old generation count for nothing; they only take room.
+            if let Err(errno) = SetPlace::of(&superblock, set).punch(&self.file) {
+                tracing::warn!(
+                    "Cannot free a checkpoint of {}: {errno}",
+                    self.path.display()
+                );
+            }
+        }
+        let offset = published.copy as u64 * PAGE_BYTES as u64;
+        self.words.sync(offset, PAGE_BYTES as u64).map_err(|error| {
+            Error::io(
+                format!("Cannot sync the superblock of {}", self.path.display()),
+                error,
+            )
+        })
+    }
+
+    fn drop_alarm(&self, committed: Epoch) {
+        let word = &self.words.words()[ALARM_WORD];
+        let present = word.load(Ordering::Acquire);
+        if matches!(decode_alarm(present), Ok(Some(epoch)) if epoch <= committed) {
+            // If a worker raises it to a later epoch meanwhile, it stays.
+            let _raised = word.compare_exchange(present, 0, Ordering::AcqRel, Ordering::Acquire);
+        }
+    }
+
+    /// The first sequence from `tail` on whose record is of a later epoch, or not written yet.
+    fn first_needed(&self, mut tail: u64, committed: Epoch) -> u64 {
+        let head = self.ring.head();
+        while tail < head {
+            match self.ring.read(self.words.words(), tail) {
+                Slot::Whole(record)
+                    if record.sequence == tail
+                        && (record.epoch <= committed || record.operation == Operation::Null) =>
+                {
+                    tail += 1;
+                }
+                _ => break,
+            }
+        }
+        tail
+    }
+
+    fn publish(&self, published: &mut Published, mut superblock: Superblock) {
+        superblock.sequence = (published.superblock.sequence.get() + 1).into();
+        superblock.seal();
+        let copy = 1 - published.copy;
+        let words = self.words.words();
+        let first = copy * PAGE_BYTES / 8;
+        let load = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+        words[first].store(u64::from_le_bytes(MAGIC_WRITING), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        for (index, chunk) in superblock.as_bytes().chunks_exact(8).enumerate().skip(1) {
+            words[first + index].store(load(chunk), Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        words[first].store(u64::from_le_bytes(MAGIC), Ordering::Release);
+        published.superblock = superblock;
+        published.copy = copy;
+    }
+
+    /// Folds the oldest records into a checkpoint set if the ring is filling up.
+    ///
+    /// # Errors
+    ///
+    /// The checkpoint cannot be written. The ring goes on; when it is full the alarm keeps
+    /// coverage.
+    pub fn maintain(&self) -> Result<()> {
+        let capacity = self.ring.capacity();
+        let used = |journal: &Self| journal.ring.head() - journal.ring.tail();
+        if used(self) * 100 <= capacity * FOLD_ABOVE_PERCENT {
+            return Ok(());
+        }
+        let mut published = self.lock();
+        while used(self) * 100 > capacity * FOLD_DOWN_TO_PERCENT {
+            if self.fold_some(&mut published)? == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Folds as many records as memory allows; returns their number.
+    fn fold_some(&self, published: &mut Published) -> Result<u64> {
+        let mut superblock = published.superblock;
+        let committed = Epoch(superblock.committed.get());
+        let start = self.ring.tail();
+        let limit = self.ring.head().min(start + self.ring.capacity() / 4);
+        let mut folding = Folding::default();
+        let (mut lowest, mut highest) = (u64::MAX, 0);
+        let mut tail = start;
+        while tail < limit && !folding.is_full() {
+            let Slot::Whole(record) = self.ring.read(self.words.words(), tail) else {
+                break;
+            };
+            if record.sequence != tail {
+                break;
+            }
+            if record.operation != Operation::Null && record.epoch > committed {
+                let end = record.first_block + record.block_count;
+                lowest = lowest.min(record.epoch.0);
+                highest = highest.max(record.epoch.0);
+                if folding.add(record.first_block, end) < end {
+                    break;
+                }
+            }
+            tail += 1;
+        }
+        if tail == start {
+            return Ok(0);
+        }
+        if highest != 0 {
+            let index = choose_set(&superblock, lowest);
+            let set = &mut superblock.sets[index];
+            let place = SetPlace::of(&published.superblock, index);
+            folding.write(&self.file, place, set).map_err(|error| {
+                Error::io(
+                    format!(
+                        "Cannot write a checkpoint into {}: free some space",
+                        self.path.display()
+                    ),
+                    error,
+                )
+            })?;
+            let previous = set.lowest_epoch.get();
+            set.lowest_epoch = if previous == 0 {
+                lowest
+            } else {
+                previous.min(lowest)
+            }
+            .into();
+            set.highest_epoch = set.highest_epoch.get().max(highest).into();
+        }
+        superblock.ring_tail = tail.into();
+        self.publish(published, superblock);
+        self.ring.set_tail(tail);
+        self.full.store(false, Ordering::Relaxed);
+        self.folds.fetch_add(1, Ordering::Relaxed);
+        Ok(tail - start)
+    }
+
+    /// Syncs everything and marks the journal clean. Nothing may be recorded any more.
+    ///
+    /// # Errors
+    ///
+    /// A sync fails; the journal then stays unclean.
+    pub fn close(&self) -> Result<()> {
+        let failed = |error| Error::io(format!("Cannot sync {}", self.path.display()), error);
+        let mut published = self.lock();
+        let length = published.superblock.head_bytes();
+        self.words.sync(0, length).map_err(failed)?;
+        self.file.sync_all().map_err(failed)?;
+        let mut superblock = published.superblock;
+        superblock.flags = FLAG_CLEAN.into();
+        self.publish(&mut published, superblock);
+        self.words.sync(0, ALARM_OFFSET).map_err(failed)?;
+        self.file.sync_all().map_err(failed)
+    }
+
+    /// Whether the ring refused a record since it was last folded.
+    pub fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// A second handle on the file, for tests of what another process would see.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor cannot be duplicated.
+    pub fn try_clone_file(&self) -> Result<OwnedFd> {
+        self.file
+            .try_clone()
+            .map(OwnedFd::from)
+            .map_err(|error| Error::io("Cannot duplicate the journal's descriptor", error))
+    }
+}
+
+/// The set that takes records of `lowest` and later epochs: an empty one, so that what is already
+/// in use can be dropped by an earlier commit; where none is empty, the one that waits longer.
+fn choose_set(superblock: &Superblock, lowest: u64) -> usize {
+    let highest = [0, 1].map(|index: usize| superblock.sets[index].highest_epoch.get());
+    match highest {
+        [0, 0] => 0,
+        [first, 0] => usize::from(first < lowest),
+        [0, second] => usize::from(second >= lowest),
+        [first, second] => usize::from(second > first),
+    }
+}
+
+/// The error for a journal that must not be trusted.
+pub(super) fn distrusted(kind: ErrorKind, path: &Path, what: &str) -> Error {
+    Error::new(
+        kind,
+        format!(
+            "Journal {}: {what}: start again with --resync to set it aside and have every block \
+             checked by fingerprints",
+            path.display()
+        ),
+    )
+}

@@ -1,0 +1,127 @@
+//! The tracker program.
+
+mod cli;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracker::control::client::ControlClient;
+use tracker::control::protocol::Status;
+use tracker::error::{Error, ErrorKind, Result};
+use tracker::{journal, serve};
+
+use cli::{Cli, Command, JournalCommand};
+
+fn main() -> ExitCode {
+    let arguments = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let result = match arguments.command {
+        Command::Serve(arguments) => arguments
+            .checked()
+            .and_then(|options| serve::serve(&options)),
+        Command::Status { control, json } => status(&control, json),
+        Command::Journal(JournalCommand::Verify { file }) => verify(&file),
+        Command::Journal(JournalCommand::Dump { file }) => {
+            journal::dump(&file, &mut std::io::stdout().lock())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tracker: {}", error.chain());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What is printed and cannot be: a closed pipe ends a listing without an alarm.
+fn print(text: &str) -> Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("Cannot write to standard output", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn status(control: &Path, json: bool) -> Result<()> {
+    let status = ControlClient::connect(control)?.status()?;
+    if json {
+        let text = serde_json::to_string_pretty(&status).map_err(|error| {
+            Error::new(ErrorKind::Protocol, "Cannot write the status as JSON").with_source(error)
+        })?;
+        return print(&format!("{text}\n"));
+    }
+    print(&describe(&status))
+}
+
+fn describe(status: &Status) -> String {
+    let Status {
+        machine, engine, ..
+    } = status;
+    let closed = machine
+        .closed
+        .map_or("none".to_owned(), |epoch| epoch.to_string());
+    let mut text = format!(
+        "tracker {} (process {}), {} workers, {} connections\n\
+         epochs: open {}, closed {closed}, sealed {}, committed {}\n\
+         requests: {} reads, {} writes, {} others, {} errors; {} MiB read, {} MiB written\n",
+        status.version,
+        status.pid,
+        engine.workers,
+        engine.connections,
+        machine.open,
+        machine.sealed,
+        machine.committed,
+        engine.reads,
+        engine.writes,
+        engine.others,
+        engine.errors,
+        engine.read_bytes >> 20,
+        engine.written_bytes >> 20,
+    );
+    for disk in &machine.disks {
+        let resync = disk.resync.map_or(String::new(), |epoch| {
+            format!(", every block to be checked since epoch {epoch}")
+        });
+        text.push_str(&format!(
+            "disk {} at {}: {} bytes, {} blocks changed in the open epoch{resync}\n    \
+             journal {}: ring {} of {} records, {} checkpoint sets\n",
+            disk.name,
+            disk.image.display(),
+            disk.size_bytes,
+            disk.open_dirty_blocks,
+            disk.journal.display(),
+            disk.ring_used_records,
+            disk.ring_capacity_records,
+            disk.checkpoint_sets,
+        ));
+    }
+    text
+}
+
+fn verify(file: &Path) -> Result<()> {
+    let report = journal::verify(file)?;
+    for problem in &report.problems {
+        print(&format!("{problem}\n"))?;
+    }
+    if report.problems.is_empty() {
+        return print(&format!("{}: no errors found\n", file.display()));
+    }
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        format!(
+            "Journal {} has {} errors",
+            file.display(),
+            report.problems.len()
+        ),
+    ))
+}
