@@ -1,0 +1,402 @@
+//! A place to test in: disks, sockets, vault, state and configuration of one machine in a temporary
+//! directory, and the commands on them.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::nbd::Client;
+use crate::process::{Daemon, Outcome, program, run};
+
+/// Compare and check this many bytes at a time.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// One machine with its files.
+pub struct Site {
+    root: TempDir,
+    disks: Vec<(String, u64)>,
+    /// Seconds or another unit between recovery points, as in the configuration.
+    pub interval: String,
+    /// Compression, as in the configuration.
+    pub codec: String,
+    /// More arguments of `tracker serve`.
+    pub tracker_arguments: Vec<String>,
+    /// More lines at the top of the configuration.
+    pub settings: String,
+}
+
+impl Site {
+    /// A machine with sparse disks of these names and sizes in bytes.
+    ///
+    /// # Panics
+    ///
+    /// The files cannot be made.
+    pub fn new(disks: &[(&str, u64)]) -> Self {
+        Self::new_in(&std::env::temp_dir(), disks)
+    }
+
+    /// The same in a folder of choice, for disks that not every file system takes.
+    ///
+    /// # Panics
+    ///
+    /// The files cannot be made.
+    pub fn new_in(folder: &Path, disks: &[(&str, u64)]) -> Self {
+        let root = tempfile::Builder::new()
+            .prefix("tidemark-")
+            .tempdir_in(folder)
+            .expect("a temporary directory");
+        let site = Self {
+            root,
+            disks: disks
+                .iter()
+                .map(|(name, size)| ((*name).to_owned(), *size))
+                .collect(),
+            interval: "1h".to_owned(),
+            codec: "zstd:1".to_owned(),
+            tracker_arguments: Vec::new(),
+            settings: String::new(),
+        };
+        for (name, size) in &site.disks {
+            let file = File::create_new(site.image(name)).expect("a disk image");
+            file.set_len(*size).expect("a sparse disk");
+        }
+        site
+    }
+
+    /// The temporary directory.
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// A path in the temporary directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root().join(name)
+    }
+
+    /// The image of a disk.
+    pub fn image(&self, disk: &str) -> PathBuf {
+        self.path(&format!("{disk}.img"))
+    }
+
+    /// The journal of a disk.
+    pub fn journal(&self, disk: &str) -> PathBuf {
+        self.path(&format!("{disk}.img.hrl"))
+    }
+
+    /// The NBD socket.
+    pub fn socket(&self) -> PathBuf {
+        self.path("nbd.sock")
+    }
+
+    /// The tracker's control socket.
+    pub fn control(&self) -> PathBuf {
+        self.path("nbd.sock.control")
+    }
+
+    /// The vault's directory.
+    pub fn vault(&self) -> PathBuf {
+        self.path("vault")
+    }
+
+    /// The vault's address.
+    pub fn vault_url(&self) -> String {
+        format!("file://{}", self.vault().display())
+    }
+
+    /// The shipper's state directory.
+    pub fn state(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.path("config.toml")
+    }
+
+    /// The address of an export, for foreign clients.
+    pub fn uri(&self, disk: &str) -> String {
+        format!("nbd+unix:///{disk}?socket={}", self.socket().display())
+    }
+
+    /// `tracker serve` for all disks, not yet started.
+    pub fn serve_command(&self) -> Command {
+        let mut command = Command::new(program("tracker"));
+        command.arg("serve");
+        for (name, _) in &self.disks {
+            command.arg("--disk");
+            command.arg(format!("{name}={}", self.image(name).display()));
+        }
+        command.arg("--socket").arg(self.socket());
+        command.args(&self.tracker_arguments);
+        command
+    }
+
+    /// Starts the tracker.
+    #[track_caller]
+    pub fn start_tracker(&self) -> Daemon {
+        Daemon::start("tracker", &mut self.serve_command())
+    }
+
+    /// Connects to a disk.
+    ///
+    /// # Panics
+    ///
+    /// The tracker does not answer.
+    #[track_caller]
+    pub fn connect(&self, disk: &str) -> Client {
+        Client::unix(&self.socket(), disk).expect("the tracker answers")
+    }
+
+    /// `tracker status --json`.
+    ///
+    /// # Panics
+    ///
+    /// The tracker does not answer.
+    #[track_caller]
+    pub fn tracker_status(&self) -> Value {
+        let out = run(Command::new(program("tracker"))
+            .args(["status", "--json", "--control"])
+            .arg(self.control()))
+        .success();
+        serde_json::from_str(&out).expect("the status is JSON")
+    }
+
+    /// The text of the configuration.
+    pub fn config_text(&self) -> String {
+        let mut text = format!(
+            "machine = \"m1\"\ntracker = {:?}\nvault = {:?}\nstate = {:?}\ninterval = {:?}\n\
+             codec = {:?}\n{}\n",
+            self.control(),
+            self.vault_url(),
+            self.state(),
+            self.interval,
+            self.codec,
+            self.settings,
+        );
+        for (name, _) in &self.disks {
+            text.push_str(&format!(
+                "[[disk]]\nname = {name:?}\npath = {:?}\n",
+                self.image(name)
+            ));
+        }
+        text
+    }
+
+    /// Writes the configuration.
+    ///
+    /// # Panics
+    ///
+    /// It cannot be written.
+    pub fn write_config(&self) {
+        fs::write(self.config(), self.config_text()).expect("the configuration");
+    }
+
+    /// Makes the vault and protects the machine; the tracker must run.
+    #[track_caller]
+    pub fn protect(&self) {
+        self.write_config();
+        run(Command::new(program("shipper")).args(["init", &self.vault_url()])).success();
+        self.shipper(&["protect"]).success();
+    }
+
+    /// Starts `shipper run`.
+    #[track_caller]
+    pub fn start_shipper(&self) -> Daemon {
+        Daemon::start(
+            "shipper",
+            Command::new(program("shipper"))
+                .arg("run")
+                .arg("--config")
+                .arg(self.config()),
+        )
+    }
+
+    /// Runs a command of the shipper on the configuration.
+    #[track_caller]
+    pub fn shipper(&self, arguments: &[&str]) -> Outcome {
+        run(&mut self.shipper_command(arguments))
+    }
+
+    /// A command of the shipper on the configuration, not yet run.
+    pub fn shipper_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program("shipper"));
+        command.args(arguments).arg("--config").arg(self.config());
+        command
+    }
+
+    /// `shipper cut`: the number of the recovery point, sixteen digits.
+    ///
+    /// # Panics
+    ///
+    /// It fails or prints no number.
+    #[track_caller]
+    pub fn cut(&self) -> String {
+        let out = self.shipper(&["cut"]).success();
+        out.split(|c: char| !c.is_ascii_alphanumeric())
+            .find(|word| is_point(word))
+            .unwrap_or_else(|| panic!("shipper cut printed no recovery point: {out:?}"))
+            .to_owned()
+    }
+
+    /// `shipper points`: their numbers, in the order printed.
+    #[track_caller]
+    pub fn points(&self) -> Vec<String> {
+        let out = self.shipper(&["points"]).success();
+        out.lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|word| is_point(word))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Restores a disk to a new file and returns its path.
+    #[track_caller]
+    pub fn restore(&self, point: &str, disk: &str, to: &str) -> PathBuf {
+        let target = self.path(to);
+        self.restore_to(point, disk, &target).success();
+        target
+    }
+
+    /// Runs `shipper restore`.
+    #[track_caller]
+    pub fn restore_to(&self, point: &str, disk: &str, target: &Path) -> Outcome {
+        let mut command = self.shipper_command(&["restore", "--point", point, "--disk", disk]);
+        run(command.arg("--to").arg(target))
+    }
+
+    /// Bytes of all segments in the vault.
+    pub fn segment_bytes(&self) -> u64 {
+        files_below(&self.vault())
+            .iter()
+            .filter(|path| path.to_string_lossy().contains("/segments/"))
+            .filter_map(|path| fs::metadata(path).ok())
+            .map(|metadata| metadata.len())
+            .sum()
+    }
+}
+
+fn is_point(word: &str) -> bool {
+    word.len() == 16 && word.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// All files below a folder, in the order of their paths.
+pub fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = fs::read_dir(&folder) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => folders.push(path),
+                Ok(_) => files.push(path),
+                Err(_) => {}
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+/// The ranges of a file that are not holes: offsets of begin and end in bytes.
+///
+/// # Panics
+///
+/// The file cannot be looked at.
+pub fn data_ranges(path: &Path) -> Vec<(u64, u64)> {
+    let file = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let seek = |offset: u64, whence| nix::unistd::lseek(&file, offset as i64, whence);
+    let mut ranges = Vec::new();
+    let mut offset = 0;
+    // ENXIO: no data up to the end.
+    while let Ok(begin) = seek(offset, nix::unistd::Whence::SeekData) {
+        let end = seek(begin as u64, nix::unistd::Whence::SeekHole).expect("a hole or the end");
+        ranges.push((begin as u64, end as u64));
+        offset = end as u64;
+    }
+    ranges
+}
+
+/// Asserts that two sparse files are the same; only what is data in either is read.
+///
+/// # Panics
+///
+/// They are not.
+#[track_caller]
+pub fn assert_same_sparse(left: &Path, right: &Path) {
+    let open = |path: &Path| File::open(path).expect("the file can be opened");
+    let (one, two) = (open(left), open(right));
+    let size = one.metadata().expect("the size").len();
+    assert_eq!(size, two.metadata().expect("the size").len(), "sizes");
+    let mut buffers = (vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]);
+    for (begin, end) in data_ranges(left).into_iter().chain(data_ranges(right)) {
+        let mut offset = begin;
+        while offset < end {
+            let step = CHUNK_BYTES.min((end - offset) as usize);
+            let (a, b) = (&mut buffers.0[..step], &mut buffers.1[..step]);
+            one.read_exact_at(a, offset).expect("it can be read");
+            two.read_exact_at(b, offset).expect("it can be read");
+            assert!(a == b, "they differ in the {step} bytes from {offset} on");
+            offset += step as u64;
+        }
+    }
+}
+
+/// Hands a file's content to `visit` in pieces with their offsets.
+///
+/// # Panics
+///
+/// The file cannot be read.
+pub fn for_each_chunk(path: &Path, mut visit: impl FnMut(u64, &[u8])) {
+    let file = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let size = file.metadata().expect("the size").len();
+    let mut buffer = vec![0; CHUNK_BYTES];
+    let mut offset = 0;
+    while offset < size {
+        let step = CHUNK_BYTES.min((size - offset) as usize);
+        file.read_exact_at(&mut buffer[..step], offset)
+            .expect("the file can be read");
+        visit(offset, &buffer[..step]);
+        offset += step as u64;
+    }
+}
+
+/// Asserts that two files are the same, byte for byte.
+///
+/// # Panics
+///
+/// They are not; the message names the first block that differs.
+#[track_caller]
+pub fn assert_same(left: &Path, right: &Path) {
+    let other = File::open(right).unwrap_or_else(|error| panic!("{}: {error}", right.display()));
+    assert_eq!(
+        fs::metadata(left).expect("the size").len(),
+        other.metadata().expect("the size").len(),
+        "sizes of {} and {}",
+        left.display(),
+        right.display()
+    );
+    let mut buffer = vec![0; CHUNK_BYTES];
+    for_each_chunk(left, |offset, bytes| {
+        let buffer = &mut buffer[..bytes.len()];
+        other
+            .read_exact_at(buffer, offset)
+            .expect("the file can be read");
+        if buffer != bytes {
+            let at = bytes.iter().zip(buffer.iter()).position(|(a, b)| a != b);
+            let at = offset + at.unwrap_or(0) as u64;
+            panic!(
+                "{} and {} differ at byte {at} (block {})",
+                left.display(),
+                right.display(),
+                at / 4096
+            );
+        }
+    });
+}
