@@ -1,1 +1,13 @@
-//! The segment format.
+//! Segments: immutable objects that hold changed blocks of one disk.
+//!
+//! `docs/vault-format.md` is the specification.
+
+pub mod format;
+
+pub mod codec;
+
+pub mod frame;
+
+pub mod writer;
+
+pub mod reader;

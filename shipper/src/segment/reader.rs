@@ -1,0 +1,94 @@
+//! Reading segments, from a store or from a file of the spool.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use zerocopy::IntoBytes;
+
+use super::format::{Directory, FOOTER_BYTES, Footer, HEADER_BYTES, Header};
+use super::frame::damaged;
+use crate::error::{Error, Result};
+use crate::store::Store;
+use crate::vault::keys::Keys;
+use crate::vault::manifest::SegmentRef;
+
+/// The directory of a segment in a store, by one ranged read.
+///
+/// # Errors
+///
+/// The object is missing, damaged, or not the one that the manifest names.
+pub fn read_directory(
+    store: &dyn Store,
+    key: &str,
+    segment: &SegmentRef,
+    keys: &Keys,
+) -> Result<Directory> {
+    let tail = store.read(key, Some(tail_start(key, segment)?..segment.bytes))?;
+    decode_tail(&tail, key, segment, keys)
+}
+
+/// The directory of a segment in a file.
+///
+/// # Errors
+///
+/// As for [`read_directory`].
+pub fn read_directory_file(path: &Path, segment: &SegmentRef, keys: &Keys) -> Result<Directory> {
+    let key = path.display().to_string();
+    let start = tail_start(&key, segment)?;
+    let mut tail = vec![0; (segment.bytes - start) as usize];
+    File::open(path)
+        .and_then(|file| file.read_exact_at(&mut tail, start))
+        .map_err(|error| Error::io(format!("Cannot read segment {key}"), error))?;
+    decode_tail(&tail, &key, segment, keys)
+}
+
+fn tail_start(key: &str, segment: &SegmentRef) -> Result<u64> {
+    segment
+        .directory_bytes
+        .checked_add((FOOTER_BYTES + HEADER_BYTES) as u64)
+        .and_then(|needed| segment.bytes.checked_sub(needed))
+        .map(|start| start + HEADER_BYTES as u64)
+        .ok_or_else(|| damaged(key, "the manifest contradicts itself about its size"))
+}
+
+/// Reads directory and footer of the segment that the manifest names.
+///
+/// # Errors
+///
+/// It is damaged, or another one.
+pub fn decode_tail(tail: &[u8], key: &str, segment: &SegmentRef, keys: &Keys) -> Result<Directory> {
+    let (directory, footer) =
+        Directory::decode(tail, segment.bytes, keys).map_err(|what| damaged(key, &what))?;
+    if !is_named(&footer, segment) {
+        return Err(damaged(
+            key,
+            "it is not the segment that the manifest names",
+        ));
+    }
+    Ok(directory)
+}
+
+fn is_named(footer: &Footer, segment: &SegmentRef) -> bool {
+    let name = segment.name.0;
+    footer.check == segment.check.0
+        && footer.generation.get() == name.generation
+        && footer.first_epoch.get() == name.first_epoch.0
+        && footer.last_epoch.get() == name.last_epoch.0
+        && footer.number.get() == name.number
+}
+
+/// Whether an object begins like a segment of this version.
+///
+/// # Errors
+///
+/// It does not.
+pub fn check_header(object: &[u8], key: &str) -> Result<()> {
+    if object.get(..HEADER_BYTES) == Some(Header::current().as_bytes()) {
+        return Ok(());
+    }
+    Err(damaged(
+        key,
+        "it does not begin like a segment of a version that is known here",
+    ))
+}

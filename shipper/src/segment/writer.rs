@@ -1,0 +1,196 @@
+//! Writing a segment into a file of the spool.
+//!
+//! Order: header; frames as they come; directory and footer; sync. A file without its footer is
+//! none: the spool gives it its name only after [`SegmentWriter::finish`].
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use zerocopy::{FromZeros, IntoBytes};
+
+use tracker::extent::Extent;
+
+use super::format::{
+    Directory, ExtentEntry, FOOTER_BYTES, FRAME_NONE, Footer, FrameEntry, HEADER_BYTES, Header,
+    SEGMENT_BYTES_TARGET, SegmentName,
+};
+use super::frame::EncodedFrame;
+use crate::error::{Error, Result};
+use crate::vault::keys::{Check, Keys};
+use crate::vault::manifest::SegmentRef;
+
+/// Whose blocks a segment holds.
+#[derive(Clone, Debug)]
+pub struct Owner {
+    /// Identity of the vault.
+    pub vault_id: [u8; 16],
+    /// Check of `MACHINE/DISK`.
+    pub check: Check,
+}
+
+/// A segment that is being written.
+pub struct SegmentWriter {
+    path: PathBuf,
+    file: BufWriter<File>,
+    name: SegmentName,
+    offset: u64,
+    frames: Vec<FrameEntry>,
+    extents: Vec<ExtentEntry>,
+    fingerprints: Vec<crate::vault::keys::Fingerprint>,
+    zero_blocks: u64,
+}
+
+impl SegmentWriter {
+    /// Begins a segment; a file that is there is written over.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be made.
+    pub fn create(path: &Path, name: SegmentName) -> Result<Self> {
+        let failed = |error| Error::io(format!("Cannot write segment {}", path.display()), error);
+        let mut file = BufWriter::with_capacity(256 << 10, File::create(path).map_err(failed)?);
+        file.write_all(Header::current().as_bytes())
+            .map_err(failed)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            name,
+            offset: HEADER_BYTES as u64,
+            frames: Vec::new(),
+            extents: Vec::new(),
+            fingerprints: Vec::new(),
+            zero_blocks: 0,
+        })
+    }
+
+    fn failed(&self, error: std::io::Error) -> Error {
+        Error::io(
+            format!("Cannot write segment {}", self.path.display()),
+            error,
+        )
+    }
+
+    /// Enough is in it.
+    pub fn is_full(&self) -> bool {
+        self.stored_bytes() >= SEGMENT_BYTES_TARGET
+    }
+
+    /// Bytes that the segment has so far, the directory included.
+    pub fn stored_bytes(&self) -> u64 {
+        self.offset
+            + (self.frames.len() * size_of::<FrameEntry>()
+                + self.extents.len() * size_of::<ExtentEntry>()
+                + self.fingerprints.len() * 16
+                + FOOTER_BYTES) as u64
+    }
+
+    /// Adds a frame, whose blocks lie behind all that were added before.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn append(&mut self, frame: &EncodedFrame) -> Result<()> {
+        let index = self.frames.len() as u32;
+        if !frame.stored.is_empty() {
+            self.file
+                .write_all(&frame.stored)
+                .map_err(|error| self.failed(error))?;
+            self.frames.push(FrameEntry {
+                offset: self.offset.into(),
+                stored_bytes: (frame.stored.len() as u32).into(),
+                block_count: (frame.fingerprints.len() as u16).into(),
+                codec: frame.codec,
+                reserved: 0,
+                check: frame.check,
+            });
+            self.offset += frame.stored.len() as u64;
+            self.fingerprints.extend_from_slice(&frame.fingerprints);
+        }
+        for run in &frame.runs {
+            match run.frame_block {
+                Some(frame_block) => self.extents.push(ExtentEntry {
+                    first_block: run.extent.first_block.into(),
+                    block_count: (run.extent.block_count as u32).into(),
+                    frame: index.into(),
+                    frame_block: frame_block.into(),
+                    reserved: 0.into(),
+                }),
+                None => self.append_zero(run.extent),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds blocks that are zero, behind all that were added before.
+    pub fn append_zero(&mut self, extent: Extent) {
+        self.zero_blocks += extent.block_count;
+        let mut left = extent;
+        if let Some(last) = self.extents.last_mut()
+            && last.frame_index().is_none()
+            && last.extent().end_block() == left.first_block
+        {
+            let room = u64::from(u32::MAX - last.block_count.get()).min(left.block_count);
+            last.block_count = (last.block_count.get() + room as u32).into();
+            left.first_block += room;
+            left.block_count -= room;
+        }
+        while left.block_count > 0 {
+            let count = left.block_count.min(u64::from(u32::MAX)) as u32;
+            self.extents.push(ExtentEntry {
+                first_block: left.first_block.into(),
+                block_count: count.into(),
+                frame: FRAME_NONE.into(),
+                frame_block: 0.into(),
+                reserved: 0.into(),
+            });
+            left.first_block += u64::from(count);
+            left.block_count -= u64::from(count);
+        }
+    }
+
+    /// Writes directory and footer, and syncs the file.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written or synced.
+    pub fn finish(mut self, owner: &Owner, keys: &Keys) -> Result<(SegmentRef, Directory)> {
+        let directory = Directory::new(
+            std::mem::take(&mut self.frames),
+            std::mem::take(&mut self.extents),
+            std::mem::take(&mut self.fingerprints),
+        );
+        let bytes = directory.encode();
+        let mut footer = Footer::new_zeroed();
+        footer.vault_id = owner.vault_id;
+        footer.owner = owner.check;
+        footer.generation = self.name.generation.into();
+        footer.first_epoch = self.name.first_epoch.0.into();
+        footer.last_epoch = self.name.last_epoch.0.into();
+        footer.number = self.name.number.into();
+        footer.directory_offset = self.offset.into();
+        footer.directory_bytes = (bytes.len() as u64).into();
+        footer.frame_count = (directory.frames.len() as u32).into();
+        footer.extent_count = (directory.extents.len() as u32).into();
+        footer.data_blocks = (directory.fingerprints.len() as u64).into();
+        footer.zero_blocks = self.zero_blocks.into();
+        footer.directory_check = keys.check(&[&bytes]);
+        footer.seal(keys);
+        let written = self
+            .file
+            .write_all(&bytes)
+            .and_then(|()| self.file.write_all(footer.as_bytes()))
+            .and_then(|()| self.file.flush())
+            .and_then(|()| self.file.get_ref().sync_all());
+        written.map_err(|error| self.failed(error))?;
+        let segment = SegmentRef {
+            name: self.name.into(),
+            bytes: self.offset + (bytes.len() + FOOTER_BYTES) as u64,
+            directory_bytes: bytes.len() as u64,
+            check: footer.check.into(),
+            data_blocks: directory.fingerprints.len() as u64,
+            zero_blocks: self.zero_blocks,
+        };
+        Ok((segment, directory))
+    }
+}

@@ -1,0 +1,136 @@
+//! Names of the objects of a vault. Pure.
+
+use tracker::extent::Epoch;
+
+use crate::segment::format::SegmentName;
+
+/// What the vault says of itself.
+pub const VAULT_KEY: &str = "vault.json";
+
+/// Longest name of a machine or disk in bytes.
+const NAME_BYTES_MAX: usize = 63;
+
+/// Whether a name may stand in a key: `[a-z0-9][a-z0-9._-]{0,62}`.
+pub fn is_valid_name(name: &str) -> bool {
+    let letters = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    name.len() <= NAME_BYTES_MAX
+        && name.bytes().next().is_some_and(letters)
+        && name
+            .bytes()
+            .all(|byte| letters(byte) || matches!(byte, b'.' | b'_' | b'-'))
+}
+
+/// The claim of a generation.
+pub fn generation_key(machine: &str, generation: u64) -> String {
+    format!("{}/{generation:016x}", generations_prefix(machine))
+}
+
+/// Where the claims of a machine are.
+pub fn generations_prefix(machine: &str) -> String {
+    format!("machines/{machine}/generation")
+}
+
+/// The generation that a key claims.
+pub fn generation_of(key: &str) -> Option<u64> {
+    number(key.rsplit('/').next()?)
+}
+
+/// Where the manifests of a machine are.
+pub fn points_prefix(machine: &str) -> String {
+    format!("machines/{machine}/points")
+}
+
+/// The manifest of a recovery point.
+pub fn manifest_key(machine: &str, epoch: Epoch) -> String {
+    format!("{}/{epoch}.manifest", points_prefix(machine))
+}
+
+/// The recovery point that a key is the manifest of.
+pub fn point_of(key: &str) -> Option<Epoch> {
+    let name = key.rsplit('/').next()?.strip_suffix(".manifest")?;
+    number(name).map(Epoch)
+}
+
+/// A segment of a disk.
+pub fn segment_key(machine: &str, disk: &str, name: &SegmentName) -> String {
+    format!(
+        "machines/{machine}/disks/{disk}/segments/{}.segment",
+        segment_name(name)
+    )
+}
+
+/// The name of a segment: generation, first and last epoch, number. Text order is their order.
+pub fn segment_name(name: &SegmentName) -> String {
+    format!(
+        "{:016x}-{}-{}-{:08x}",
+        name.generation, name.first_epoch, name.last_epoch, name.number
+    )
+}
+
+/// Reads a segment's name.
+pub fn parse_segment_name(text: &str) -> Option<SegmentName> {
+    let mut parts = text.split('-');
+    let name = SegmentName {
+        generation: number(parts.next()?)?,
+        first_epoch: Epoch(number(parts.next()?)?),
+        last_epoch: Epoch(number(parts.next()?)?),
+        number: u32::try_from(digits(parts.next()?, 8)?).ok()?,
+    };
+    (parts.next().is_none() && name.first_epoch <= name.last_epoch).then_some(name)
+}
+
+/// Exactly sixteen lower-case hexadecimal digits.
+fn number(text: &str) -> Option<u64> {
+    digits(text, 16)
+}
+
+fn digits(text: &str, count: usize) -> Option<u64> {
+    let valid = text.len() == count
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+    if valid {
+        u64::from_str_radix(text, 16).ok()
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn names_that_may_stand_in_keys() {
+        for name in ["a", "web1", "0", "a.b_c-d", &"x".repeat(63)] {
+            assert!(is_valid_name(name), "{name}");
+        }
+        for name in ["", "A", "../a", ".a", "a/b", "a b", "é", &"x".repeat(64)] {
+            assert!(!is_valid_name(name), "{name}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn names_round_trip(generation: u64, first: u64, more in 0u64..1000, number: u32) {
+            let name = SegmentName {
+                generation,
+                first_epoch: Epoch(first),
+                last_epoch: Epoch(first.saturating_add(more)),
+                number,
+            };
+            prop_assert_eq!(parse_segment_name(&segment_name(&name)), Some(name));
+            prop_assert_eq!(point_of(&manifest_key("m", Epoch(first))), Some(Epoch(first)));
+            prop_assert_eq!(generation_of(&generation_key("m", generation)), Some(generation));
+        }
+
+        #[test]
+        fn other_texts_are_no_names(text in ".{0,70}") {
+            if let Some(name) = parse_segment_name(&text) {
+                prop_assert_eq!(segment_name(&name), text.clone());
+            }
+            let _judged = (point_of(&text), generation_of(&text));
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! Manifests: one for each recovery point, complete in itself.
+//!
+//! The bytes are a header of 48 bytes and a compressed JSON document; `docs/vault-format.md` is the
+//! specification. A manifest lists all segments of each disk, oldest first: a block is what the
+//! last segment says that has it, and zero if none has.
+
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use tracker::extent::{BLOCK_SIZE, Epoch};
+
+use super::keys::{Check, Keys, from_hex, hex};
+use super::layout::{parse_segment_name, segment_key, segment_name};
+use crate::segment::format::SegmentName;
+
+/// First bytes of a manifest.
+pub const MAGIC: [u8; 8] = *b"TMMAN\r\n\x1a";
+/// Largest document that is read, in bytes.
+const DOCUMENT_BYTES_MAX: u64 = 1 << 30;
+/// Documents are repetitive; a higher level hardly makes them smaller.
+const ZSTD_LEVEL: i32 = 3;
+
+/// Versions of the format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Version {
+    /// A Zstandard frame of JSON under a keyed check.
+    First = 1,
+}
+
+/// Head of a manifest.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Header {
+    magic: [u8; 8],
+    version: U32,
+    flags: U32,
+    document_bytes: U64,
+    stored_bytes: U64,
+    /// Check of the header before it and of the stored bytes.
+    check: Check,
+}
+
+const HEADER_BYTES: usize = size_of::<Header>();
+const _: () = assert!(HEADER_BYTES == 48);
+const CHECKED_BYTES: usize = std::mem::offset_of!(Header, check);
+const _: () = assert!(CHECKED_BYTES == 32);
+
+/// A segment's name as it stands in a manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NameField(pub SegmentName);
+
+impl From<SegmentName> for NameField {
+    fn from(name: SegmentName) -> Self {
+        Self(name)
+    }
+}
+
+impl Serialize for NameField {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&segment_name(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for NameField {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_segment_name(&text)
+            .map(Self)
+            .ok_or_else(|| serde::de::Error::custom("not the name of a segment"))
+    }
+}
+
+/// A check as it stands in a manifest: 32 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CheckField(pub Check);
+
+impl From<Check> for CheckField {
+    fn from(check: Check) -> Self {
+        Self(check)
+    }
+}
+
+impl fmt::Debug for CheckField {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+impl Serialize for CheckField {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&hex(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for CheckField {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        from_hex(&text)
+            .map(Self)
+            .ok_or_else(|| serde::de::Error::custom("not 32 hexadecimal digits"))
+    }
+}
+
+/// A segment as a manifest names it: enough to read its directory by one request, and to tell it
+/// from every other object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SegmentRef {
+    /// Its name.
+    pub name: NameField,
+    /// Size of the object in bytes.
+    pub bytes: u64,
+    /// Size of the directory in bytes.
+    pub directory_bytes: u64,
+    /// The check in its footer.
+    pub check: CheckField,
+    /// Blocks with data.
+    pub data_blocks: u64,
+    /// Blocks that are zero.
+    pub zero_blocks: u64,
+}
+
+impl SegmentRef {
+    /// Key of the object.
+    pub fn key(&self, machine: &str, disk: &str) -> String {
+        segment_key(machine, disk, &self.name.0)
+    }
+}
+
+/// One disk at a recovery point.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskPoint {
+    /// Name.
+    pub name: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Unit of the segments in bytes.
+    pub block_bytes: u64,
+    /// Journal that told what changed, as 32 hexadecimal digits.
+    pub journal: String,
+    /// Blocks that the journal called changed since the point before.
+    pub dirty_blocks: u64,
+    /// All segments, oldest first.
+    pub segments: Vec<SegmentRef>,
+}
+
+/// What a manifest says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Identity of the vault.
+    pub vault: String,
+    /// Name of the machine.
+    pub machine: String,
+    /// Generation of the shipper that made it.
+    pub generation: u64,
+    /// The epoch that it is the end of.
+    pub epoch: Epoch,
+    /// The recovery point before it; zero if it is the first.
+    pub previous: Epoch,
+    /// When it was cut, by the clock of the machine; nothing depends on it.
+    pub created: jiff::Timestamp,
+    /// The disks of the machine.
+    pub disks: Vec<DiskPoint>,
+}
+
+/// Which recovery point a manifest has to be of.
+#[derive(Clone, Debug)]
+pub struct PointId {
+    /// Identity of the vault.
+    pub vault: String,
+    /// Name of the machine.
+    pub machine: String,
+    /// The epoch.
+    pub epoch: Epoch,
+}
+
+impl Manifest {
+    /// The bytes of the object.
+    ///
+    /// # Errors
+    ///
+    /// The document cannot be written or compressed.
+    pub fn encode(&self, keys: &Keys) -> std::io::Result<Vec<u8>> {
+        let document = serde_json::to_vec(self)?;
+        let stored = zstd::bulk::compress(&document, ZSTD_LEVEL)?;
+        let mut header = Header {
+            magic: MAGIC,
+            version: (Version::First as u32).into(),
+            flags: 0.into(),
+            document_bytes: (document.len() as u64).into(),
+            stored_bytes: (stored.len() as u64).into(),
+            check: [0; 16],
+        };
+        header.check = keys.check(&[&header.as_bytes()[..CHECKED_BYTES], &stored]);
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.extend_from_slice(&stored);
+        Ok(bytes)
+    }
+
+    /// Reads and checks the bytes of an object.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong, in words that follow the object's name.
+    pub fn decode(bytes: &[u8], keys: &Keys) -> Result<Self, String> {
+        let (header, stored) =
+            Header::read_from_prefix(bytes).map_err(|_| "it is cut short".to_owned())?;
+        if header.magic != MAGIC {
+            return Err("it is no manifest".to_owned());
+        }
+        let version = header.version.get();
+        let expected = keys.check(&[&header.as_bytes()[..CHECKED_BYTES], stored]);
+        if header.check != expected {
+            return Err("it is damaged".to_owned());
+        }
+        if version != Version::First as u32 || header.flags.get() != 0 {
+            return Err(format!(
+                "it has version {version}, which this program does not know: use a newer one"
+            ));
+        }
+        let document_bytes = header.document_bytes.get();
+        if header.stored_bytes.get() != stored.len() as u64 || document_bytes > DOCUMENT_BYTES_MAX {
+            return Err("its header contradicts its size".to_owned());
+        }
+        let document = zstd::bulk::decompress(stored, document_bytes as usize)
+            .map_err(|error| format!("it cannot be decompressed: {error}"))?;
+        let manifest: Self = serde_json::from_slice(&document)
+            .map_err(|error| format!("its document is malformed: {error}"))?;
+        manifest.validate()?;
+        Ok(manifest)
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        for disk in &self.disks {
+            if disk.block_bytes != BLOCK_SIZE || disk.size_bytes == 0 || disk.size_bytes % 512 != 0
+            {
+                return Err(format!("its sizes of disk {} are invalid", disk.name));
+            }
+            if !super::layout::is_valid_name(&disk.name) {
+                return Err("it holds a disk with an invalid name".to_owned());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it is of this recovery point, and not of another one under its name.
+    ///
+    /// # Errors
+    ///
+    /// What it is of, in words that follow the object's name.
+    pub fn expect(&self, id: &PointId) -> Result<(), String> {
+        if self.vault == id.vault && self.machine == id.machine && self.epoch == id.epoch {
+            return Ok(());
+        }
+        Err(format!(
+            "it belongs to recovery point {} of machine {} in vault {}",
+            self.epoch, self.machine, self.vault
+        ))
+    }
+
+    /// A disk by its name.
+    pub fn disk(&self, name: &str) -> Option<&DiskPoint> {
+        self.disks.iter().find(|disk| disk.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn example() -> Manifest {
+        let name = SegmentName {
+            generation: 1,
+            first_epoch: Epoch(2),
+            last_epoch: Epoch(3),
+            number: 4,
+        };
+        Manifest {
+            vault: "00".repeat(16),
+            machine: "m".into(),
+            generation: 1,
+            epoch: Epoch(3),
+            previous: Epoch(1),
+            created: jiff::Timestamp::UNIX_EPOCH,
+            disks: vec![DiskPoint {
+                name: "root".into(),
+                size_bytes: 1 << 20,
+                block_bytes: BLOCK_SIZE,
+                journal: "11".repeat(16),
+                dirty_blocks: 9,
+                segments: vec![SegmentRef {
+                    name: name.into(),
+                    bytes: 1000,
+                    directory_bytes: 100,
+                    check: [7; 16].into(),
+                    data_blocks: 5,
+                    zero_blocks: 4,
+                }],
+            }],
+        }
+    }
+
+    fn keys() -> Keys {
+        Keys::derive(&[3; 32])
+    }
+
+    #[test]
+    fn a_manifest_survives() {
+        let manifest = example();
+        let bytes = manifest.encode(&keys()).unwrap();
+        assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
+        assert!(Manifest::decode(&bytes, &Keys::derive(&[4; 32])).is_err());
+    }
+
+    #[test]
+    fn another_points_manifest_is_refused() {
+        let mut id = PointId {
+            vault: "00".repeat(16),
+            machine: "m".into(),
+            epoch: Epoch(3),
+        };
+        assert!(example().expect(&id).is_ok());
+        id.epoch = Epoch(4);
+        assert!(example().expect(&id).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_byte_shows(at in any::<prop::sample::Index>(), change in 1u8..) {
+            let mut bytes = example().encode(&keys()).unwrap();
+            let at = at.index(bytes.len());
+            bytes[at] ^= change;
+            prop_assert!(Manifest::decode(&bytes, &keys()).is_err());
+        }
+
+        #[test]
+        fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(Manifest::decode(&bytes, &keys()).is_err());
+        }
+    }
+}
