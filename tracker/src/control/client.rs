@@ -1,24 +1,24 @@
 //! The client side of the control socket, blocking.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::protocol::{Answer, CaptureOutcome, Request, Status, encode_request, error_of};
+use super::line::LineClient;
+use super::protocol::{CaptureOutcome, Request, Status, encode_request};
 use crate::epoch::MachineStatus;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Epoch;
 
-/// Time that the tracker has for one answer. A cut waits for the guest's writes in flight.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
+/// Time that the tracker has for one answer. A cut waits for the guest's writes in flight, twice
+/// at worst.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(90);
 
 /// A connection to a tracker's control socket.
 #[derive(Debug)]
 pub struct ControlClient {
-    stream: BufReader<UnixStream>,
+    line: LineClient,
     path: PathBuf,
 }
 
@@ -29,24 +29,8 @@ impl ControlClient {
     ///
     /// Nobody listens there.
     pub fn connect(path: &Path) -> Result<Self> {
-        let unreachable = |error| {
-            Error::io(
-                format!(
-                    "Cannot reach the tracker at {}: is it running?",
-                    path.display()
-                ),
-                error,
-            )
-        };
-        let stream = UnixStream::connect(path).map_err(unreachable)?;
-        stream
-            .set_read_timeout(Some(ANSWER_DEADLINE))
-            .map_err(unreachable)?;
-        stream
-            .set_write_timeout(Some(ANSWER_DEADLINE))
-            .map_err(unreachable)?;
         Ok(Self {
-            stream: BufReader::new(stream),
+            line: LineClient::connect(path, "tracker", Some(ANSWER_DEADLINE))?,
             path: path.to_owned(),
         })
     }
@@ -91,34 +75,14 @@ impl ControlClient {
     }
 
     fn ask<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
-        let lost = |path: &Path, error| {
-            Error::io(format!("Lost the tracker at {}", path.display()), error)
-        };
-        let mut line = encode_request(request)?;
-        line.push('\n');
-        self.stream
-            .get_mut()
-            .write_all(line.as_bytes())
-            .map_err(|e| lost(&self.path, e))?;
-        line.clear();
-        let count = self
-            .stream
-            .read_line(&mut line)
-            .map_err(|e| lost(&self.path, e))?;
-        if count == 0 {
-            return Err(lost(&self.path, std::io::ErrorKind::UnexpectedEof.into()));
-        }
-        let garbled = |error: serde_json::Error| {
+        let value = self.line.ask(&encode_request(request)?)?;
+        serde_json::from_value(value).map_err(|error| {
             let path = self.path.display();
             Error::new(
                 ErrorKind::Protocol,
                 format!("The answer from {path} is not one of a tracker of this version"),
             )
             .with_source(error)
-        };
-        match serde_json::from_str(&line).map_err(garbled)? {
-            Answer::Ok(value) => serde_json::from_value(value).map_err(garbled),
-            Answer::Error(wire) => Err(error_of(wire)),
-        }
+        })
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! One request and one answer are a line of JSON each; see `docs/control-protocol.md`.
 
+pub mod line;
+
 pub mod client;
 pub mod protocol;
 pub mod server;
