@@ -5,6 +5,7 @@
 
 mod buffer;
 mod connection;
+mod dispatch;
 mod operation;
 mod uring;
 mod worker;

@@ -368,12 +368,20 @@ pub fn encode_alarm(epoch: Epoch) -> u64 {
     low | (xxh3_64(&low.to_le_bytes()) >> 48) << 48
 }
 
-/// Reads the alarm word: `Ok(None)` if it is not set, `Err` if it is damaged.
-pub fn decode_alarm(word: u64) -> Result<Option<Epoch>, ()> {
+/// The alarm word contradicts its own check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AlarmDamaged;
+
+/// Reads the alarm word; `None` if it is not set.
+///
+/// # Errors
+///
+/// It is damaged.
+pub fn decode_alarm(word: u64) -> Result<Option<Epoch>, AlarmDamaged> {
     match word {
         0 => Ok(None),
         word if encode_alarm(Epoch(word & EPOCH_MAX)) == word => Ok(Some(Epoch(word & EPOCH_MAX))),
-        _ => Err(()),
+        _ => Err(AlarmDamaged),
     }
 }
 

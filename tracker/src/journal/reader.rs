@@ -83,7 +83,7 @@ impl JournalReader {
 
     fn alarm(&self) -> Result<Option<Epoch>> {
         let word = self.words.words()[ALARM_OFFSET as usize / 8].load(Ordering::Acquire);
-        decode_alarm(word).map_err(|()| {
+        decode_alarm(word).map_err(|_damaged| {
             let what = format!("the alarm word at offset {ALARM_OFFSET} is damaged");
             distrusted(ErrorKind::Corrupt, &self.path, &what)
         })

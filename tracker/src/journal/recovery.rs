@@ -126,19 +126,19 @@ pub fn boot_id() -> Result<[u8; 16]> {
 /// It is in use, cannot be read or written, or must not be trusted (see the table above).
 pub fn open(path: &Path, options: &JournalOptions) -> Result<(Journal, RecoveryReport)> {
     let boot = boot_id()?;
-    let mut aside = None;
-    if options.rebuild && path.exists() {
-        // Locked first: a journal in use is not moved away under its tracker.
-        let _held = lock(open_file(path)?, path)?;
-        aside = Some(set_aside(path)?);
-    }
-    if !path.exists() {
-        create(path, options, boot)?;
-    } else {
-        aside = None;
-        let file = lock(open_file(path)?, path)?;
-        return recover(path, file, options, boot);
-    }
+    let aside = match path.exists() {
+        true if options.rebuild => {
+            // Locked first: a journal in use is not moved away under its tracker.
+            let _held = lock(open_file(path)?, path)?;
+            Some(set_aside(path)?)
+        }
+        true => {
+            let file = lock(open_file(path)?, path)?;
+            return recover(path, file, options, boot);
+        }
+        false => None,
+    };
+    create(path, options, boot)?;
     let file = lock(open_file(path)?, path)?;
     let (journal, mut report) = recover(path, file, options, boot)?;
     report.found = Found::New(aside);
@@ -186,7 +186,7 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
 
 fn create(path: &Path, options: &JournalOptions, boot: [u8; 16]) -> Result<()> {
     let ring_bytes = options.ring_bytes;
-    if !RING_BYTES_RANGE.contains(&ring_bytes) || ring_bytes % PAGE_BYTES as u64 != 0 {
+    if !RING_BYTES_RANGE.contains(&ring_bytes) || !ring_bytes.is_multiple_of(PAGE_BYTES as u64) {
         return Err(Error::new(
             ErrorKind::Invalid,
             format!("A ring of {ring_bytes} bytes is not a multiple of 4096 from 16 KiB to 4 GiB"),
@@ -426,7 +426,7 @@ fn recover(
         let alarm = decode_alarm(
             words.words()[ALARM_OFFSET as usize / 8].load(std::sync::atomic::Ordering::Acquire),
         )
-        .map_err(|()| {
+        .map_err(|_damaged| {
             let what = format!("the alarm word at offset {ALARM_OFFSET} is damaged");
             distrusted(ErrorKind::Corrupt, path, &what)
         })?;
