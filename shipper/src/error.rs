@@ -29,6 +29,8 @@ pub enum ErrorKind {
     Full,
     /// A higher generation has been claimed: this shipper may not write any more.
     Fenced,
+    /// The program was told to stop.
+    Stopped,
 }
 
 /// An error of the shipper crate.

@@ -1,3 +1,205 @@
 //! The shipper program.
 
-fn main() {}
+mod cli;
+
+mod show;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
+use shipper::error::{Error, ErrorKind, Result};
+use shipper::lifecycle::conductor::{RunOptions, run};
+use shipper::lifecycle::config::Config;
+use shipper::lifecycle::control::{ask_cut, ask_status};
+use shipper::lifecycle::protect::protect;
+use shipper::recovery::restore::{RestoreOptions, restore};
+use shipper::recovery::verify::{VerifyOptions, verify};
+use shipper::upload::retry::Stop;
+use shipper::vault::Vault;
+
+use cli::{Cli, Command, parse_point};
+
+fn main() -> ExitCode {
+    let arguments = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    match carry_out(arguments.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("shipper: {}", error.chain());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(command: Command) -> Result<()> {
+    match command {
+        Command::Init { vault } => {
+            let vault = Vault::create(&vault)?;
+            print(&format!("Vault {} made at {}\n", vault.id(), vault.url()))
+        }
+        Command::Protect(config) => {
+            let config = config.load()?;
+            let protection = protect(&config)?;
+            print(&show::protection(&config, &protection))
+        }
+        Command::Run { config, once } => run_until_signal(config.load()?, once),
+        Command::Status { config, json } => {
+            let status = ask_status(&config.load()?.state)?;
+            print(&if json {
+                show::json(&status)?
+            } else {
+                show::status(&status)
+            })
+        }
+        Command::Cut(config) => print(&format!("{}\n", ask_cut(&config.load()?.state)?)),
+        Command::Points { place, json } => {
+            let (vault, machine) = place.open()?;
+            points(&vault, &machine, json)
+        }
+        Command::Restore {
+            place,
+            point,
+            disk,
+            to,
+        } => {
+            let point = parse_point(&point)?;
+            let (vault, machine) = place.open()?;
+            restore_disk(&vault, machine, point, disk, to)
+        }
+        Command::Verify { place, data } => {
+            let (vault, machine) = place.open()?;
+            verify_vault(&vault, machine, data)
+        }
+    }
+}
+
+/// What is printed and cannot be: a closed pipe ends a listing without an alarm.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("Cannot write to standard output", error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn run_until_signal(config: Config, once: bool) -> Result<()> {
+    // Blocked before the first thread starts, so that one alone takes them.
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals
+        .thread_block()
+        .map_err(|errno| Error::io("Cannot block signals", errno))?;
+    let stop = Arc::new(Stop::default());
+    let to_tell = Arc::clone(&stop);
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            if signals.wait().is_ok() {
+                to_tell.tell();
+            }
+        })
+        .map_err(|error| Error::io("Cannot start a thread", error))?;
+    let ready = |config: &Config| {
+        // Whoever started this may have closed the pipe; shipping goes on.
+        let _closed = print(&format!(
+            "Ready: machine {}, {} disks, vault {}\n",
+            config.machine,
+            config.disks.len(),
+            config.vault
+        ));
+    };
+    match run(config, RunOptions { once }, &stop, ready)? {
+        Some(epoch) => print(&format!("{epoch}\n")),
+        None => Ok(()),
+    }
+}
+
+fn points(vault: &Vault, machine: &str, json: bool) -> Result<()> {
+    let mut manifests = Vec::new();
+    let mut damaged = 0;
+    for epoch in vault.points(machine)? {
+        match vault.manifest(machine, epoch) {
+            Ok(manifest) => manifests.push(show::Point::of(&manifest)),
+            Err(error) => {
+                damaged += 1;
+                eprintln!("shipper: {}", error.chain());
+            }
+        }
+    }
+    print(&if json {
+        show::json(&manifests)?
+    } else {
+        show::points(&manifests)
+    })?;
+    match damaged {
+        0 => Ok(()),
+        count => Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("{count} recovery points cannot be read: run `shipper verify`"),
+        )),
+    }
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(2, |count| count.get().max(2))
+}
+
+fn restore_disk(
+    vault: &Vault,
+    machine: String,
+    point: Option<tracker::extent::Epoch>,
+    disk: Option<String>,
+    target: PathBuf,
+) -> Result<()> {
+    let options = RestoreOptions {
+        machine,
+        point,
+        disk,
+        target,
+        threads: threads(),
+    };
+    let bar = show::Bar::new();
+    let report = restore(vault, &options, &|done, total| bar.show(done, total))?;
+    bar.finish();
+    print(&format!(
+        "Disk {} at recovery point {} restored to {}: {} bytes, {} of data\n",
+        report.disk,
+        report.epoch,
+        options.target.display(),
+        report.size_bytes,
+        report.data_bytes
+    ))
+}
+
+fn verify_vault(vault: &Vault, machine: String, data: bool) -> Result<()> {
+    let options = VerifyOptions {
+        machine: Some(machine),
+        data,
+        threads: threads(),
+    };
+    let report = verify(vault, &options, &mut |problem| eprintln!("{problem}"))?;
+    print(&format!(
+        "{} recovery points, {} segments, {} bytes read: {} problems\n",
+        report.points, report.segments, report.bytes, report.problems
+    ))?;
+    match report.problems {
+        0 => Ok(()),
+        count => Err(Error::new(
+            ErrorKind::Corrupt,
+            format!("The vault at {} has {count} problems", vault.url()),
+        )),
+    }
+}

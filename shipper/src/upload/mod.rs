@@ -1,1 +1,322 @@
 //! Moving the spool into the vault.
+//!
+//! Overview: one coordinator takes jobs in order; a pool of threads puts segments, several at once.
+//!
+//! Order, for a sealed epoch: the generation is checked; all of its segments are put, and all that
+//! the first copy has left; the generation is checked again; the manifest is put by one
+//! create-if-absent. Epochs are published one after the other, so that a recovery point is never
+//! there before the one that it follows.
+//!
+//! Retries: what may pass by itself is retried for ever, with growing pauses (`retry`). An object
+//! that exists already is right if it is the same one: its put may have been answered to nobody.
+//!
+//! Crash consistency: every job may be repeated. A segment is removed from the spool only when its
+//! manifest is in the vault, or, of the first copy, when it is stored itself and its name is kept.
+
+pub mod retry;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use tracker::extent::Epoch;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::lifecycle::status::{Board, Part};
+use crate::segment::reader::read_directory;
+use crate::spool::files::{failed, remove_if_present};
+use crate::spool::{Spool, segment_file};
+use crate::store::Created;
+use crate::vault::manifest::{Manifest, SegmentRef};
+use crate::vault::{Vault, generation, layout};
+use retry::{Stop, until_done};
+
+/// Threads that put segments; each holds one segment in memory.
+const THREADS: usize = 3;
+
+/// What is to be moved.
+#[derive(Debug)]
+pub enum Job {
+    /// A segment of the first copy, which is in no recovery point yet.
+    Copied {
+        /// Name of the disk.
+        disk: String,
+        /// The segment.
+        segment: SegmentRef,
+    },
+    /// A sealed epoch.
+    Epoch(Epoch),
+}
+
+/// What the uploader tells.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The recovery point is durable in the vault.
+    Published(Epoch),
+    /// Something that trying again does not mend.
+    Failed(Error),
+}
+
+/// Everything that an upload needs to know.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Where to.
+    pub vault: Vault,
+    /// Name of the machine.
+    pub machine: String,
+    /// The generation that this shipper holds.
+    pub generation: u64,
+    /// Sealed epochs.
+    pub spool: Spool,
+    /// Segments of the first copy.
+    pub copy_folder: PathBuf,
+    /// Health and counters.
+    pub board: Arc<Board>,
+    /// Tells when to end.
+    pub stop: Arc<Stop>,
+}
+
+/// The uploader's threads.
+pub struct Uploader {
+    jobs: Option<Sender<Job>>,
+    coordinator: Option<JoinHandle<()>>,
+}
+
+impl Uploader {
+    /// Starts the threads. `tell` is called from one of them.
+    ///
+    /// # Errors
+    ///
+    /// A thread cannot be started.
+    pub fn start(context: Context, tell: impl Fn(Outcome) + Send + 'static) -> Result<Self> {
+        let (jobs, to_do) = unbounded();
+        let coordinator = std::thread::Builder::new()
+            .name("upload".into())
+            .spawn(move || coordinate(&context, &to_do, &tell))
+            .map_err(|error| Error::io("Cannot start the upload", error))?;
+        Ok(Self {
+            jobs: Some(jobs),
+            coordinator: Some(coordinator),
+        })
+    }
+
+    /// Queues a job behind all others.
+    pub fn queue(&self, job: Job) {
+        if let Some(jobs) = &self.jobs {
+            // Where the coordinator has ended, it has told why.
+            let _ended = jobs.send(job);
+        }
+    }
+}
+
+impl Drop for Uploader {
+    /// Waits for what is being put; what is queued is left to the next start.
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(coordinator) = self.coordinator.take() {
+            let _panicked = coordinator.join();
+        }
+    }
+}
+
+/// A segment on its way.
+struct Put {
+    key: String,
+    path: PathBuf,
+    segment: SegmentRef,
+    /// Remove the file when the segment is stored.
+    remove: bool,
+}
+
+fn coordinate(context: &Context, jobs: &Receiver<Job>, tell: &(impl Fn(Outcome) + Send)) {
+    let (to_pool, puts) = bounded::<Put>(THREADS);
+    let (done, results) = unbounded::<Result<()>>();
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            let (puts, done) = (puts.clone(), done.clone());
+            scope.spawn(move || {
+                for put in puts {
+                    if done.send(store(context, &put)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop((puts, done));
+        let mut pool = Pool {
+            to_pool,
+            results,
+            outstanding: 0,
+        };
+        for job in jobs {
+            let result = match job {
+                Job::Copied { disk, segment } => pool.copied(context, &disk, &segment),
+                Job::Epoch(epoch) => {
+                    publish(context, epoch, &mut pool).map(|()| tell(Outcome::Published(epoch)))
+                }
+            };
+            match result {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::Stopped => return,
+                Err(error) => return tell(Outcome::Failed(error)),
+            }
+        }
+        if let Err(error) = pool.wait()
+            && error.kind() != ErrorKind::Stopped
+        {
+            tell(Outcome::Failed(error));
+        }
+    });
+}
+
+/// The threads that put segments, as the coordinator sees them.
+struct Pool {
+    to_pool: Sender<Put>,
+    results: Receiver<Result<()>>,
+    outstanding: usize,
+}
+
+impl Pool {
+    fn put(&mut self, put: Put) -> Result<()> {
+        for result in self.results.try_iter() {
+            self.outstanding -= 1;
+            result?;
+        }
+        self.to_pool.send(put).map_err(|_| Stop::error())?;
+        self.outstanding += 1;
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        while self.outstanding > 0 {
+            let result = self.results.recv().map_err(|_| Stop::error())?;
+            self.outstanding -= 1;
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Puts a segment of the first copy, if it is still to be put.
+    fn copied(&mut self, context: &Context, disk: &str, segment: &SegmentRef) -> Result<()> {
+        let path = context
+            .copy_folder
+            .join(segment_file(disk, &segment.name.0));
+        if !path.exists() {
+            return Ok(());
+        }
+        let key = segment.key(&context.machine, disk);
+        self.put(Put {
+            key,
+            path,
+            segment: segment.clone(),
+            remove: true,
+        })
+    }
+}
+
+fn check_generation(context: &Context) -> Result<()> {
+    persist(context, || {
+        generation::check(&context.vault, &context.machine, context.generation)
+    })
+}
+
+/// Retries, and keeps the board informed.
+fn persist<T>(context: &Context, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let note = |error: Option<&Error>| context.board.note(Part::Vault, error);
+    until_done(&context.stop, note, attempt)
+}
+
+fn publish(context: &Context, epoch: Epoch, pool: &mut Pool) -> Result<()> {
+    check_generation(context)?;
+    let (manifest, bytes) = context.spool.manifest(epoch, context.vault.keys())?;
+    for disk in &manifest.disks {
+        for segment in &disk.segments {
+            pool.copied(context, &disk.name, segment)?;
+            let path = context.spool.segment(epoch, &disk.name, segment);
+            if path.exists() {
+                let key = segment.key(&context.machine, &disk.name);
+                pool.put(Put {
+                    key,
+                    path,
+                    segment: segment.clone(),
+                    remove: false,
+                })?;
+            }
+        }
+    }
+    pool.wait()?;
+    check_generation(context)?;
+    persist(context, || put_manifest(context, &manifest, &bytes))
+}
+
+fn put_manifest(context: &Context, manifest: &Manifest, bytes: &[u8]) -> Result<()> {
+    let key = layout::manifest_key(&context.machine, manifest.epoch);
+    let store = context.vault.store();
+    match store.create(&key, Bytes::copy_from_slice(bytes))? {
+        Created::New => Ok(()),
+        Created::Exists if store.read(&key, None).map_err(vanished)? == bytes => Ok(()),
+        Created::Exists => Err(Error::new(
+            ErrorKind::Fenced,
+            format!(
+                "Object {key} is in the vault already and is not ours: another shipper writes machine {}; \
+                 stop one of the two, then run `shipper protect` where it shall go on",
+                context.machine
+            ),
+        )),
+    }
+}
+
+/// A store that says that an object exists and then does not have it is between two answers.
+fn vanished(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Missing => {
+            Error::new(ErrorKind::Unavailable, "The store contradicts itself").with_source(error)
+        }
+        _ => error,
+    }
+}
+
+fn store(context: &Context, put: &Put) -> Result<()> {
+    persist(context, || put_segment(context, put))?;
+    context.board.count_upload(put.segment.bytes);
+    if put.remove {
+        remove_if_present(&put.path)?;
+    }
+    Ok(())
+}
+
+fn put_segment(context: &Context, put: &Put) -> Result<()> {
+    if put.remove && !put.path.exists() {
+        // It was queued twice, and the first put has stored and removed it.
+        return Ok(());
+    }
+    let content = read_segment(&put.path, &put.segment)?;
+    let store = context.vault.store();
+    match store.create(&put.key, content)? {
+        Created::New => Ok(()),
+        // Only the same segment leads to the same check.
+        Created::Exists => read_directory(store, &put.key, &put.segment, context.vault.keys())
+            .map(drop)
+            .map_err(vanished),
+    }
+}
+
+fn read_segment(path: &Path, segment: &SegmentRef) -> Result<Bytes> {
+    let content = fs::read(path).map_err(|error| failed("read", path, error))?;
+    if content.len() as u64 != segment.bytes {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "Segment {} of the spool has {} bytes where {} are expected: stop the shipper, remove the \
+                 folder of this epoch, and start it again; its changes will be captured anew",
+                path.display(),
+                content.len(),
+                segment.bytes
+            ),
+        ));
+    }
+    Ok(Bytes::from(content))
+}

@@ -1,0 +1,422 @@
+//! `shipper run`: the one thread that steers a machine's protection.
+//!
+//! Overview: a loop over what is to be done next: find the tracker and agree with it
+//! (`reconcile`), release what was published, scan if every block has to be looked at (`scan`),
+//! cut and capture when it is time or somebody asks (`epoch`). Uploads run beside it.
+//!
+//! Order at start: state folder (locked), vault, generation, spool, base; then the uploader, which
+//! goes on with what waits; then the control socket, then ready. The tracker may come later.
+//!
+//! Crash consistency: every step leaves durable files before it tells the tracker, and every message
+//! to the tracker may be repeated; `reconcile` finds out how far both are.
+//!
+//! Errors: a higher generation ends the shipper; everything else is noted on the board and tried
+//! again with growing pauses. Nothing here can be felt by a guest.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use tracker::control::client::ControlClient;
+use tracker::extent::{Epoch, blocks_of};
+use tracker::journal::reader::JournalReader;
+
+use super::config::{Config, DiskConfig};
+use super::control::{Door, Reply};
+use super::state::{MachineState, ScanState, StateFolder};
+use super::status::{Board, DiskStatus, Part, Phase, Status};
+use crate::capture::source::DiskSource;
+use crate::error::{Error, ErrorKind, Result};
+use crate::segment::writer::Owner;
+use crate::spool::table::Table;
+use crate::spool::{Spool, folder_bytes};
+use crate::upload::retry::{Stop, pauses};
+use crate::upload::{Context, Job, Outcome, Uploader};
+use crate::vault::manifest::Manifest;
+use crate::vault::{Vault, generation};
+
+/// Longest pause before the tracker is looked for again.
+const TRACKER_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// Pause while the spool is over its budget.
+pub(super) const BUDGET_PAUSE: Duration = Duration::from_millis(200);
+
+/// What the conductor hears of.
+pub(super) enum Event {
+    Upload(Outcome),
+    Cut(Reply),
+    Stop,
+}
+
+/// Trouble, and which part has it.
+pub(super) struct Trouble {
+    pub part: Part,
+    pub error: Error,
+}
+
+/// Names the part that an error belongs to.
+pub(super) trait At<T> {
+    fn at(self, part: Part) -> std::result::Result<T, Trouble>;
+}
+
+impl<T, E: Into<Error>> At<T> for std::result::Result<T, E> {
+    fn at(self, part: Part) -> std::result::Result<T, Trouble> {
+        self.map_err(|error| Trouble {
+            part,
+            error: error.into(),
+        })
+    }
+}
+
+/// A disk of the machine.
+pub(super) struct Disk {
+    pub config: DiskConfig,
+    pub source: DiskSource,
+    pub owner: Owner,
+}
+
+/// A tracker that agrees with us.
+pub(super) struct Link {
+    pub client: ControlClient,
+    /// In the order of the disks.
+    pub readers: Vec<JournalReader>,
+}
+
+/// Everything that steering needs.
+pub struct Conductor {
+    pub(super) config: Config,
+    pub(super) state: StateFolder,
+    pub(super) machine: MachineState,
+    pub(super) vault: Vault,
+    pub(super) spool: Spool,
+    pub(super) board: Arc<Board>,
+    pub(super) stop: Arc<Stop>,
+    pub(super) disks: Vec<Disk>,
+    /// `None`: what they say is not to be trusted until they are opened again.
+    pub(super) tables: Option<Vec<Table>>,
+    /// The newest recovery point, in the spool or in the vault: the next one follows it.
+    pub(super) base: Option<Manifest>,
+    pub(super) scan: Option<ScanState>,
+    /// Every block is to be looked at, whatever the tracker says.
+    pub(super) scan_forced: bool,
+    pub(super) link: Option<Link>,
+    pub(super) uploader: Uploader,
+    /// Sealed epochs that are not released, in order, and whether they are published.
+    pub(super) unreleased: VecDeque<(Epoch, bool)>,
+    events: Receiver<Event>,
+    /// Who wants a recovery point that has not been cut.
+    pub(super) cuts: Vec<Reply>,
+    /// Who waits for one that is not published.
+    pub(super) waiting: Vec<(Epoch, Reply)>,
+    due: Instant,
+    stopping: bool,
+}
+
+/// How `shipper run` is to run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunOptions {
+    /// Make one recovery point, then end.
+    pub once: bool,
+}
+
+/// Runs until `stop` is told. `ready` is called when others can talk to it. Returns the recovery
+/// point that was made `once`.
+///
+/// # Errors
+///
+/// Something is missing at the start, or a higher generation is found.
+pub fn run(
+    config: Config,
+    options: RunOptions,
+    stop: &Arc<Stop>,
+    ready: impl FnOnce(&Config),
+) -> Result<Option<Epoch>> {
+    let state = StateFolder::open(&config.state)?;
+    let (sender, events) = unbounded();
+    let socket = StateFolder::socket(&config.state);
+    let mut conductor = Conductor::start(config, state, stop, &sender, events)?;
+    let to_cut = sender.clone();
+    let cut = move |reply| {
+        let _ended = to_cut.send(Event::Cut(reply));
+    };
+    let door = Door::open(&socket, Arc::clone(&conductor.board), cut)?;
+    let watched = Arc::clone(stop);
+    let to_stop = sender.clone();
+    let watcher = std::thread::Builder::new()
+        .name("stop".into())
+        .spawn(move || {
+            while !watched.wait(Duration::from_secs(3600)) {}
+            let _ended = to_stop.send(Event::Stop);
+        })
+        .map_err(|error| Error::io("Cannot start a thread", error))?;
+    let (reply, answered) = crossbeam_channel::bounded(1);
+    if options.once {
+        conductor.cuts.push(reply);
+    }
+    ready(&conductor.config);
+    let result = conductor.steer(options.once);
+    stop.tell();
+    drop(door);
+    let _panicked = watcher.join();
+    result?;
+    match options.once {
+        true => answered
+            .try_recv()
+            .unwrap_or_else(|_| Err(Stop::error()))
+            .map(Some),
+        false => Ok(None),
+    }
+}
+
+impl Conductor {
+    fn start(
+        config: Config,
+        state: StateFolder,
+        stop: &Arc<Stop>,
+        sender: &Sender<Event>,
+        events: Receiver<Event>,
+    ) -> Result<Self> {
+        let unprotected = || {
+            let what = format!(
+                "State folder {} is of no machine that is protected: run `shipper protect` first",
+                config.state.display()
+            );
+            Error::new(ErrorKind::State, what)
+        };
+        let machine = state.machine()?.ok_or_else(unprotected)?;
+        let vault = Vault::open(&config.vault)?;
+        machine.check(&config, &vault)?;
+        generation::check(&vault, &config.machine, machine.generation)?;
+        state.make_folders()?;
+        let spool = Spool::open(&state.spool())?;
+        let disks = open_disks(&config, &vault)?;
+        let board = Arc::new(Board::new(first_status(&config, &machine, &disks)));
+        let context = Context {
+            vault: vault.clone(),
+            machine: config.machine.clone(),
+            generation: machine.generation,
+            spool: spool.clone(),
+            copy_folder: state.copy(),
+            board: Arc::clone(&board),
+            stop: Arc::clone(stop),
+        };
+        let tell = sender.clone();
+        let uploader = Uploader::start(context, move |outcome| {
+            let _ended = tell.send(Event::Upload(outcome));
+        })?;
+        let mut conductor = Self {
+            due: Instant::now() + config.interval,
+            config,
+            state,
+            machine,
+            vault,
+            spool,
+            board,
+            stop: Arc::clone(stop),
+            disks,
+            tables: None,
+            base: None,
+            scan: None,
+            scan_forced: false,
+            link: None,
+            uploader,
+            unreleased: VecDeque::new(),
+            events,
+            cuts: Vec::new(),
+            waiting: Vec::new(),
+            stopping: false,
+        };
+        conductor.load()?;
+        Ok(conductor)
+    }
+
+    fn steer(&mut self, once: bool) -> Result<()> {
+        let mut growing = pauses();
+        let mut pause = Duration::ZERO;
+        while !self.stopping {
+            self.take_events(pause)?;
+            if self.stopping || (once && self.cuts.is_empty() && self.waiting.is_empty()) {
+                break;
+            }
+            match self.step() {
+                Ok(next) => {
+                    growing = pauses();
+                    pause = next;
+                }
+                Err(trouble) => {
+                    self.meet(trouble)?;
+                    let limit = TRACKER_PAUSE_MAX;
+                    pause = growing.next().unwrap_or(limit).min(limit);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for an event, at most so long, and takes all that are there.
+    fn take_events(&mut self, pause: Duration) -> Result<()> {
+        let mut next = match pause.is_zero() {
+            true => self.events.try_recv().ok(),
+            false => self.events.recv_timeout(pause).ok(),
+        };
+        while let Some(event) = next {
+            match event {
+                Event::Stop => self.stopping = true,
+                Event::Cut(reply) => self.cuts.push(reply),
+                Event::Upload(Outcome::Published(epoch)) => self.published(epoch),
+                Event::Upload(Outcome::Failed(error)) => return Err(error),
+            }
+            next = self.events.try_recv().ok();
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> std::result::Result<Duration, Trouble> {
+        self.open_tables().at(Part::Spool)?;
+        self.connect()?;
+        self.release()?;
+        self.board.note(Part::Tracker, None);
+        if self.scan.as_ref().is_some_and(|scan| !scan.is_done()) {
+            return self.scan_some();
+        }
+        let now = Instant::now();
+        // What was scanned is a recovery point only with the cut that follows.
+        let wanted = !self.cuts.is_empty() || self.scan.is_some();
+        if !wanted && now < self.due {
+            self.enter(Phase::Waiting);
+            return Ok(self.due - now);
+        }
+        if self.is_over_budget()? {
+            return Ok(BUDGET_PAUSE);
+        }
+        self.due = now + self.config.interval;
+        self.make_point()?;
+        Ok(Duration::ZERO)
+    }
+
+    /// Notes trouble, and tells those who wait for a cut. The tracker is asked anew.
+    fn meet(&mut self, trouble: Trouble) -> Result<()> {
+        let Trouble { part, error } = trouble;
+        if matches!(error.kind(), ErrorKind::Fenced | ErrorKind::Stopped) {
+            self.stopping = error.kind() == ErrorKind::Stopped;
+            return if self.stopping { Ok(()) } else { Err(error) };
+        }
+        self.board.note(part, Some(&error));
+        self.link = None;
+        self.enter(Phase::Connecting);
+        for reply in self.cuts.drain(..) {
+            let _left = reply.send(Err(Error::new(error.kind(), error.chain())));
+        }
+        Ok(())
+    }
+
+    pub(super) fn enter(&self, phase: Phase) {
+        self.board.update(|status| status.phase = phase);
+    }
+
+    fn published(&mut self, epoch: Epoch) {
+        for (sealed, published) in &mut self.unreleased {
+            *published |= *sealed == epoch;
+        }
+        self.board.update(|status| {
+            status.newest_point = Some(epoch);
+            status.points += 1;
+        });
+        let mut still = Vec::new();
+        for (wanted, reply) in self.waiting.drain(..) {
+            if wanted <= epoch {
+                let _left = reply.send(Ok(epoch));
+            } else {
+                still.push((wanted, reply));
+            }
+        }
+        self.waiting = still;
+    }
+
+    /// Releases published epochs: the fingerprints are synced, then the tracker forgets the changes,
+    /// then the spool.
+    fn release(&mut self) -> std::result::Result<(), Trouble> {
+        while let Some(&(epoch, true)) = self.unreleased.front() {
+            for table in self.tables.iter().flatten() {
+                table.sync().at(Part::Spool)?;
+            }
+            if let Some(link) = &mut self.link {
+                // A tracker that lost its journal knows of no such epoch; it has nothing to forget.
+                if link.client.epochs().at(Part::Tracker)?.sealed >= epoch {
+                    link.client.commit(epoch).at(Part::Tracker)?;
+                }
+            }
+            self.spool.remove(epoch).at(Part::Spool)?;
+            self.unreleased.pop_front();
+        }
+        self.show_spool().at(Part::Spool)
+    }
+
+    /// Whether more waits for upload than may; the board shows it.
+    pub(super) fn is_over_budget(&mut self) -> std::result::Result<bool, Trouble> {
+        self.show_spool().at(Part::Spool)?;
+        let status = self.board.status();
+        let over = status.spool_bytes >= self.config.spool_budget_bytes;
+        let error = Error::new(
+            ErrorKind::Full,
+            format!(
+                "{} MiB wait for upload, as much as the budget allows: no recovery points until the vault \
+                 takes some",
+                status.spool_bytes >> 20
+            ),
+        );
+        self.board.note(Part::Spool, over.then_some(&error));
+        Ok(over)
+    }
+
+    fn show_spool(&self) -> Result<()> {
+        let bytes = self.spool.bytes()? + folder_bytes(&self.state.copy())?;
+        let epochs = self.unreleased.len() as u64;
+        self.board.update(|status| {
+            status.spool_bytes = bytes;
+            status.spool_epochs = epochs;
+        });
+        Ok(())
+    }
+
+    /// The highest epoch that anything here is named by.
+    pub(super) fn highest(&self) -> Epoch {
+        let base = self.base.as_ref().map(|base| base.epoch);
+        let scan = self.scan.as_ref().map(|scan| scan.epoch);
+        base.max(scan).unwrap_or(Epoch::ZERO)
+    }
+
+    /// Queues a sealed epoch for upload.
+    pub(super) fn queue_epoch(&mut self, epoch: Epoch) {
+        self.unreleased.push_back((epoch, false));
+        self.uploader.queue(Job::Epoch(epoch));
+    }
+}
+
+fn open_disks(config: &Config, vault: &Vault) -> Result<Vec<Disk>> {
+    let open = |disk: &DiskConfig| {
+        Ok(Disk {
+            config: disk.clone(),
+            source: DiskSource::open(&disk.path)?,
+            owner: vault.owner(&config.machine, &disk.name),
+        })
+    };
+    config.disks.iter().map(open).collect()
+}
+
+fn first_status(config: &Config, machine: &MachineState, disks: &[Disk]) -> Status {
+    let disk_status = |disk: &Disk| DiskStatus {
+        name: disk.config.name.clone(),
+        size_bytes: disk.source.size_bytes(),
+        blocks: blocks_of(disk.source.size_bytes()),
+        ..DiskStatus::default()
+    };
+    Status {
+        machine: config.machine.clone(),
+        vault: config.vault.clone(),
+        generation: machine.generation,
+        spool_budget_bytes: config.spool_budget_bytes,
+        disks: disks.iter().map(disk_status).collect(),
+        ..Status::default()
+    }
+}

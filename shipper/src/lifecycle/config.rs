@@ -1,0 +1,257 @@
+//! The configuration file of a machine.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use serde::Deserialize;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::segment::codec::Codec;
+use crate::store::VaultUrl;
+use crate::vault::layout::is_valid_name;
+
+/// Longest interval between recovery points.
+const INTERVAL_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+/// Shortest interval between recovery points.
+const INTERVAL_MIN: Duration = Duration::from_millis(10);
+/// What may wait for upload unless the configuration says otherwise.
+const SPOOL_BUDGET_DEFAULT: u64 = 8 << 30;
+/// Least budget of the spool: a segment and its neighbours.
+const SPOOL_BUDGET_MIN: u64 = 64 << 20;
+const WORKERS_MAX: usize = 256;
+
+/// What the file says, as it was typed.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    machine: String,
+    tracker: PathBuf,
+    vault: String,
+    state: PathBuf,
+    interval: String,
+    codec: Option<String>,
+    spool_budget: Option<String>,
+    workers: Option<usize>,
+    #[serde(default, rename = "disk")]
+    disks: Vec<RawDisk>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDisk {
+    name: String,
+    path: PathBuf,
+    journal: Option<PathBuf>,
+}
+
+/// A checked configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of the machine in the vault.
+    pub machine: String,
+    /// The tracker's control socket.
+    pub tracker: PathBuf,
+    /// Address of the vault.
+    pub vault: String,
+    /// Folder for spool, fingerprints and cursors.
+    pub state: PathBuf,
+    /// Time between recovery points.
+    pub interval: Duration,
+    /// Compression.
+    pub codec: Codec,
+    /// Bytes that may wait for upload.
+    pub spool_budget_bytes: u64,
+    /// Threads that fingerprint and compress.
+    pub workers: usize,
+    /// The disks.
+    pub disks: Vec<DiskConfig>,
+}
+
+/// One disk of a configuration.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// The tracker's export name, and its name in the vault.
+    pub name: String,
+    /// Image or device.
+    pub path: PathBuf,
+    /// Where its journal is, if not where the tracker says.
+    pub journal: Option<PathBuf>,
+}
+
+impl Config {
+    /// Reads and checks a configuration file.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, or says something wrong: the message names file, key and value.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            Error::io(
+                format!("Cannot read configuration {}", path.display()),
+                error,
+            )
+        })?;
+        Self::parse(&text).map_err(|what| {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("Configuration {}: {what}", path.display()),
+            )
+        })
+    }
+
+    fn parse(text: &str) -> std::result::Result<Self, String> {
+        let raw: RawConfig =
+            toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+        if !is_valid_name(&raw.machine) {
+            return Err(format!(
+                "machine {:?} is not a valid name: {NAME_RULE}",
+                raw.machine
+            ));
+        }
+        VaultUrl::parse(&raw.vault).map_err(|error| error.to_string())?;
+        let codec = match &raw.codec {
+            Some(text) => text.parse().map_err(|what| format!("codec: {what}"))?,
+            None => Codec::default(),
+        };
+        let spool_budget_bytes = match &raw.spool_budget {
+            Some(text) => parse_size(text).map_err(|what| format!("spool_budget: {what}"))?,
+            None => SPOOL_BUDGET_DEFAULT,
+        };
+        if spool_budget_bytes < SPOOL_BUDGET_MIN {
+            return Err(format!(
+                "spool_budget: at least {} MiB are needed",
+                SPOOL_BUDGET_MIN >> 20
+            ));
+        }
+        let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+        let workers = raw.workers.unwrap_or(processors);
+        if !(1..=WORKERS_MAX).contains(&workers) {
+            return Err(format!(
+                "workers: {workers} is not a number from 1 to {WORKERS_MAX}"
+            ));
+        }
+        Ok(Self {
+            interval: parse_interval(&raw.interval)?,
+            disks: checked_disks(raw.disks)?,
+            machine: raw.machine,
+            tracker: raw.tracker,
+            vault: raw.vault,
+            state: raw.state,
+            codec,
+            spool_budget_bytes,
+            workers,
+        })
+    }
+}
+
+const NAME_RULE: &str = "up to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit";
+
+fn checked_disks(raw: Vec<RawDisk>) -> std::result::Result<Vec<DiskConfig>, String> {
+    if raw.is_empty() {
+        return Err("it names no disk: add a section [[disk]] with name and path".to_owned());
+    }
+    let (mut names, mut paths) = (BTreeSet::new(), BTreeSet::new());
+    for disk in &raw {
+        if !is_valid_name(&disk.name) {
+            return Err(format!(
+                "disk name {:?} is not valid: {NAME_RULE}",
+                disk.name
+            ));
+        }
+        if !names.insert(&disk.name) {
+            return Err(format!("two disks are named {:?}", disk.name));
+        }
+        if !paths.insert(&disk.path) {
+            return Err(format!("disk path {} is given twice", disk.path.display()));
+        }
+    }
+    let checked = raw.into_iter().map(|disk| DiskConfig {
+        name: disk.name,
+        path: disk.path,
+        journal: disk.journal,
+    });
+    Ok(checked.collect())
+}
+
+fn parse_interval(text: &str) -> std::result::Result<Duration, String> {
+    let invalid = || {
+        format!(
+            "interval {text:?} is not a time such as \"30s\", \"5m\" or \"1h\", from 10ms to 366 days"
+        )
+    };
+    let duration: SignedDuration = text.parse().map_err(|_| invalid())?;
+    let duration = Duration::try_from(duration).map_err(|_| invalid())?;
+    if (INTERVAL_MIN..=INTERVAL_MAX).contains(&duration) {
+        Ok(duration)
+    } else {
+        Err(invalid())
+    }
+}
+
+/// A size in bytes with a unit B, KiB, MiB, GiB or TiB.
+fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let invalid = || format!("{text:?} is not a size such as \"512MiB\" or \"8GiB\"");
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.trim() {
+        "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return Err(invalid()),
+    };
+    let number: u64 = number.parse().map_err(|_| invalid())?;
+    number.checked_mul(1 << shift).ok_or_else(invalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "machine = \"m1\"\ntracker = \"/t\"\nvault = \"file:///v\"\nstate = \"/s\"\n\
+        interval = \"30s\"\n[[disk]]\nname = \"root\"\npath = \"/d\"\n";
+
+    #[test]
+    fn a_good_one_has_defaults() {
+        let config = Config::parse(GOOD).unwrap();
+        assert_eq!(config.interval, Duration::from_secs(30));
+        assert_eq!(config.codec, Codec::Zstd(1));
+        assert_eq!(config.spool_budget_bytes, 8 << 30);
+        assert!(config.workers >= 1);
+    }
+
+    #[test]
+    fn bad_ones_are_named() {
+        for (from, to, word) in [
+            ("machine", "mashine", "mashine"),
+            ("\"30s\"", "\"0s\"", "interval"),
+            ("\"30s\"", "\"1000y\"", "interval"),
+            ("\"30s\"", "\"5m\"\nspool_budget = \"1MiB\"", "spool_budget"),
+            (
+                "\"30s\"",
+                "\"5m\"\nspool_budget = \"99999999999TiB\"",
+                "spool_budget",
+            ),
+            ("\"30s\"", "\"5m\"\nworkers = 0", "workers"),
+            ("\"root\"", "\"Root\"", "Root"),
+            ("[[disk]]\nname = \"root\"\npath = \"/d\"\n", "", "disk"),
+        ] {
+            let error = Config::parse(&GOOD.replace(from, to)).unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_size("8GiB"), Ok(8 << 30));
+        assert_eq!(parse_size("12 B"), Ok(12));
+        for text in ["", "8", "8GB", "GiB", "-1MiB", "99999999TiB"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}

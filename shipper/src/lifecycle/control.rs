@@ -1,0 +1,156 @@
+//! The control socket of a running shipper: one line of JSON asks, one answers.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Sender, bounded};
+use nix::sys::socket::{Shutdown, shutdown};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tracker::control::line::{self, LineClient};
+use tracker::control::protocol::{PROTOCOL, WireError, error_of};
+use tracker::error::{Error as TrackerError, ErrorKind as TrackerErrorKind};
+use tracker::extent::Epoch;
+use tracker::nbd::listener::bind_unix;
+
+use super::state::StateFolder;
+use super::status::{Board, Status};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Time that a status may take.
+const STATUS_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+enum Request {
+    /// Everything about the shipper: [`Status`].
+    Status {
+        /// Version of the protocol.
+        protocol: u32,
+    },
+    /// Make a recovery point; answers with its number when it is in the vault.
+    Cut {
+        /// Version of the protocol.
+        protocol: u32,
+    },
+}
+
+/// Where the answer to a cut goes.
+pub type Reply = Sender<Result<Epoch>>;
+
+/// The socket of a running shipper.
+pub struct Door {
+    listener: Arc<UnixListener>,
+    path: PathBuf,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Door {
+    /// Listens. `cut` is called with where the answer goes.
+    ///
+    /// # Errors
+    ///
+    /// The socket cannot be made.
+    pub fn open(
+        path: &Path,
+        board: Arc<Board>,
+        cut: impl Fn(Reply) + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let listener = Arc::new(bind_unix(path, 0o600)?);
+        let handler = Arc::new(move |text: &str| answer(text, &board, &cut));
+        let accepting = Arc::clone(&listener);
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || line::serve(&accepting, handler))
+            .map_err(|error| Error::io("Cannot start the control thread", error))?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // Makes `accept` fail, which ends the thread.
+        let _closed = shutdown(self.listener.as_raw_fd(), Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _panicked = thread.join();
+        }
+        let _gone = std::fs::remove_file(&self.path);
+    }
+}
+
+fn answer(text: &str, board: &Board, cut: &dyn Fn(Reply)) -> tracker::error::Result<Value> {
+    let refused = |what: String| TrackerError::new(TrackerErrorKind::Protocol, what);
+    let request: Request =
+        serde_json::from_str(text).map_err(|error| refused(format!("Invalid request: {error}")))?;
+    let (Request::Status { protocol } | Request::Cut { protocol }) = request;
+    if protocol != PROTOCOL {
+        return Err(refused(format!(
+            "The request speaks protocol {protocol}, this shipper speaks {PROTOCOL}"
+        )));
+    }
+    let value = match request {
+        Request::Status { .. } => serde_json::to_value(board.status()),
+        Request::Cut { .. } => {
+            let (reply, answered) = bounded(1);
+            cut(reply);
+            let ended = || Error::new(ErrorKind::State, "The shipper stops");
+            let result = answered.recv().unwrap_or_else(|_| Err(ended()));
+            serde_json::to_value(
+                result
+                    .map_err(|error| TrackerError::new(TrackerErrorKind::State, error.chain()))?,
+            )
+        }
+    };
+    value.map_err(|error| refused(format!("Cannot write the answer: {error}")))
+}
+
+fn ask(state: &Path, request: Request, deadline: Option<Duration>) -> Result<Value> {
+    let socket = StateFolder::socket(state);
+    let line = serde_json::to_string(&request).map_err(|error| {
+        Error::new(ErrorKind::Invalid, "Cannot write a request").with_source(error)
+    })?;
+    let mut client = LineClient::connect(&socket, "shipper", deadline)?;
+    Ok(client.ask(&line)?)
+}
+
+fn garbled(error: serde_json::Error) -> Error {
+    let wire = WireError {
+        kind: "protocol".into(),
+        message: "The answer is not one of a shipper of this version".into(),
+    };
+    Error::from(error_of(wire)).with_source(error)
+}
+
+/// Asks the shipper that works in a state folder for everything about it.
+///
+/// # Errors
+///
+/// None runs there.
+pub fn ask_status(state: &Path) -> Result<Status> {
+    let value = ask(
+        state,
+        Request::Status { protocol: PROTOCOL },
+        Some(STATUS_DEADLINE),
+    )?;
+    serde_json::from_value(value).map_err(garbled)
+}
+
+/// Asks the shipper that works in a state folder for a recovery point, and waits until it is in the
+/// vault.
+///
+/// # Errors
+///
+/// None runs there, or it cannot make one.
+pub fn ask_cut(state: &Path) -> Result<Epoch> {
+    let value = ask(state, Request::Cut { protocol: PROTOCOL }, None)?;
+    serde_json::from_value(value).map_err(garbled)
+}

@@ -1,0 +1,465 @@
+//! Agreement about how far everything is, after any crash of anybody.
+//!
+//! At the start, what is on our side ([`Conductor::load`]):
+//!
+//! | found | done |
+//! |---|---|
+//! | sealed epochs that follow each other and are whole | queued for upload |
+//! | one that is damaged, lacks a segment, follows none, or is of another generation | it and all after it are removed |
+//! | a scan that a sealed or published epoch has taken over | ended |
+//! | a scan that lacks a segment, or of another generation | ended; its fingerprints are forgotten |
+//!
+//! With a tracker, every time one is found ([`Conductor::connect`]):
+//!
+//! | the tracker says | done |
+//! |---|---|
+//! | closed E, and E is sealed here | it is told so |
+//! | closed E, and E is not sealed here | given up; its changes are in the open epoch |
+//! | sealed E, and nothing at or after E is sealed or published here | the spool is lost: it takes the changes back |
+//! | another journal than the base's, committed more than the base, every block changed after the base | every block is scanned |
+//! | every block changed after the scan began | the scan begins anew |
+//!
+//! A sealed epoch is a recovery point of its own and is uploaded whatever the tracker remembers of it:
+//! what the tracker forgot it calls changed, which is more than needed and never less.
+
+use std::path::PathBuf;
+
+use tracker::control::client::ControlClient;
+use tracker::control::protocol::CaptureOutcome;
+use tracker::epoch::{DiskStatus, MachineStatus};
+use tracker::extent::{Epoch, blocks_of};
+use tracker::journal::reader::JournalReader;
+
+use super::conductor::{At, Conductor, Link, Trouble};
+use super::state::{DiskScan, ScanState};
+use super::status::Part;
+use crate::error::{Error, ErrorKind, Result};
+use crate::segment::reader::{read_directory, read_directory_file};
+use crate::spool::segment_file;
+use crate::spool::table::Table;
+use crate::upload::Job;
+use crate::vault::layout;
+use crate::vault::manifest::{DiskPoint, Manifest, SegmentRef};
+
+/// Cuts that are tried until the open epoch is above everything.
+const CUTS_MAX: u32 = 8;
+
+impl Conductor {
+    /// Finds out what is sealed and how far a scan is, and queues what waits for upload.
+    pub(super) fn load(&mut self) -> Result<()> {
+        let published = self.vault.newest(&self.config.machine)?;
+        let mut base = published;
+        let mut broken = false;
+        for epoch in self.spool.epochs()? {
+            let manifest = match self.spool.manifest(epoch, self.vault.keys()) {
+                Ok((manifest, _)) if !broken && self.follows(&manifest, base.as_ref())? => manifest,
+                result => {
+                    broken = true;
+                    let why = result
+                        .err()
+                        .map_or(String::new(), |error| format!(": {}", error.chain()));
+                    tracing::warn!(
+                        "Epoch {epoch} of the spool cannot be used; its changes will be captured anew{why}"
+                    );
+                    self.spool.remove(epoch)?;
+                    continue;
+                }
+            };
+            self.queue_epoch(epoch);
+            if base.as_ref().is_none_or(|base| base.epoch < manifest.epoch) {
+                base = Some(manifest);
+            }
+        }
+        self.base = base;
+        self.load_scan()?;
+        let newest = self.base.as_ref().map(|base| base.epoch);
+        self.board.update(|status| status.newest_point = newest);
+        self.remove_orphans()
+    }
+
+    /// Whether a sealed epoch can be uploaded after `base`, and is whole.
+    fn follows(&self, manifest: &Manifest, base: Option<&Manifest>) -> Result<bool> {
+        let present = base.map_or(Epoch::ZERO, |base| base.epoch);
+        if manifest.generation != self.machine.generation {
+            return Ok(false);
+        }
+        if manifest.epoch <= present {
+            // Published, and the shipper died before it was released.
+            let key = layout::manifest_key(&self.config.machine, manifest.epoch);
+            return Ok(self.vault.store().size(&key)?.is_some());
+        }
+        if manifest.previous != present {
+            return Ok(false);
+        }
+        let fresh = |segment: &&SegmentRef| segment.name.0.last_epoch > manifest.previous;
+        for disk in &manifest.disks {
+            for segment in disk.segments.iter().filter(fresh) {
+                if !self.has_segment(&disk.name, segment)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// The file of a segment, of a sealed epoch or of a scan, if it is here and whole.
+    fn local_segment(&self, disk: &str, segment: &SegmentRef) -> Option<PathBuf> {
+        let epoch = segment.name.0.last_epoch;
+        let name = segment_file(disk, &segment.name.0);
+        [
+            self.spool.folder(epoch).join(&name),
+            self.state.copy().join(&name),
+        ]
+        .into_iter()
+        .find(|path| {
+            path.metadata()
+                .is_ok_and(|metadata| metadata.len() == segment.bytes)
+        })
+    }
+
+    /// Whether a segment is here or in the vault.
+    fn has_segment(&self, disk: &str, segment: &SegmentRef) -> Result<bool> {
+        if self.local_segment(disk, segment).is_some() {
+            return Ok(true);
+        }
+        let key = segment.key(&self.config.machine, disk);
+        Ok(self.vault.store().size(&key)? == Some(segment.bytes))
+    }
+
+    fn load_scan(&mut self) -> Result<()> {
+        let Some(scan) = self.state.scan()? else {
+            return Ok(());
+        };
+        let taken_over = self
+            .base
+            .as_ref()
+            .is_some_and(|base| base.epoch > scan.epoch);
+        if taken_over || !self.scan_is_whole(&scan)? {
+            return self.state.end_scan();
+        }
+        for disk in &scan.disks {
+            for segment in &disk.segments {
+                let (disk, segment) = (disk.name.clone(), segment.clone());
+                self.uploader.queue(Job::Copied { disk, segment });
+            }
+        }
+        self.scan = Some(scan);
+        Ok(())
+    }
+
+    fn scan_is_whole(&self, scan: &ScanState) -> Result<bool> {
+        for disk in &scan.disks {
+            let known = self.disks.iter().any(|known| {
+                known.config.name == disk.name
+                    && blocks_of(known.source.size_bytes()) == disk.blocks
+            });
+            for segment in &disk.segments {
+                let ours = segment.name.0.generation == self.machine.generation;
+                if !known || !ours || !self.has_segment(&disk.name, segment)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Removes files of scans that nothing names any more.
+    fn remove_orphans(&self) -> Result<()> {
+        let folder = self.state.copy();
+        let mut named = Vec::new();
+        let scanned = self.scan.iter().flat_map(|scan| &scan.disks);
+        for disk in scanned {
+            named.extend(
+                disk.segments
+                    .iter()
+                    .map(|s| segment_file(&disk.name, &s.name.0)),
+            );
+        }
+        for disk in self.base.iter().flat_map(|base| &base.disks) {
+            named.extend(
+                disk.segments
+                    .iter()
+                    .map(|s| segment_file(&disk.name, &s.name.0)),
+            );
+        }
+        let failed = |error| Error::io(format!("Cannot read folder {}", folder.display()), error);
+        for entry in std::fs::read_dir(&folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if !named.iter().any(|name| entry.file_name() == name.as_str()) {
+                crate::spool::files::remove_if_present(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the fingerprint tables unless they are open, and applies what may be missing in them.
+    pub(super) fn open_tables(&mut self) -> Result<()> {
+        if self.tables.is_some() {
+            return Ok(());
+        }
+        // Everything up to the recovery point before the oldest unreleased one was synced.
+        let synced = match self.unreleased.front() {
+            Some(&(epoch, _)) => self.spool.manifest(epoch, self.vault.keys())?.0.previous,
+            None => self.base.as_ref().map_or(Epoch::ZERO, |base| base.epoch),
+        };
+        let mut tables = Vec::new();
+        for disk in &self.disks {
+            let name = &disk.config.name;
+            let path = self.state.table(name);
+            let (owner, size) = (disk.owner.check, disk.source.size_bytes());
+            let (mut table, anew) = Table::open(&path, owner, size, self.highest())?;
+            let base = self.base.as_ref().and_then(|base| base.disk(name));
+            let scan = self.scan.as_ref().and_then(|scan| scan.disk(name));
+            let chain = base.into_iter().flat_map(|disk| &disk.segments);
+            for segment in chain.chain(scan.into_iter().flat_map(|disk| &disk.segments)) {
+                if anew || segment.name.0.last_epoch > synced {
+                    self.replay(&mut table, name, segment)?;
+                }
+            }
+            table.sync()?;
+            tables.push(table);
+        }
+        self.tables = Some(tables);
+        Ok(())
+    }
+
+    fn replay(&self, table: &mut Table, disk: &str, segment: &SegmentRef) -> Result<()> {
+        let keys = self.vault.keys();
+        let directory = match self.local_segment(disk, segment) {
+            Some(path) => read_directory_file(&path, segment, keys)?,
+            None => {
+                let key = segment.key(&self.config.machine, disk);
+                read_directory(self.vault.store(), &key, segment, keys)?
+            }
+        };
+        table.apply(segment.name.0.last_epoch, &directory)
+    }
+
+    /// Finds the tracker, unless it is known, and agrees with it about epochs.
+    pub(super) fn connect(&mut self) -> std::result::Result<(), Trouble> {
+        if self.link.is_some() && !self.scan_forced {
+            return Ok(());
+        }
+        let mut client = ControlClient::connect(&self.config.tracker).at(Part::Tracker)?;
+        let mut status = client.epochs().at(Part::Tracker)?;
+        let readers = self.readers(&status).at(Part::Tracker)?;
+        if let Some(epoch) = status.closed {
+            let sealed = self.unreleased.iter().any(|(sealed, _)| *sealed == epoch)
+                && self.journals_are_the_bases(&status);
+            let outcome = if sealed {
+                CaptureOutcome::Sealed
+            } else {
+                CaptureOutcome::Abandoned
+            };
+            client.capture_end(epoch, outcome).at(Part::Tracker)?;
+            self.spool.discard(epoch).at(Part::Spool)?;
+            status = client.epochs().at(Part::Tracker)?;
+        }
+        let newest = self.base.as_ref().map_or(Epoch::ZERO, |base| base.epoch);
+        if status.sealed > status.committed && status.sealed > newest {
+            tracing::warn!(
+                "Epoch {} is not in the spool any more: its changes are captured anew",
+                status.sealed
+            );
+            client.revert().at(Part::Tracker)?;
+        }
+        let link = self.settle_scan(Link { client, readers }, &status)?;
+        self.link = Some(link);
+        Ok(())
+    }
+
+    /// The journals of the disks, in their order, checked against what the tracker says.
+    fn readers(&self, status: &MachineStatus) -> Result<Vec<JournalReader>> {
+        let mut readers = Vec::new();
+        for disk in &self.disks {
+            let name = &disk.config.name;
+            let served = find_disk(status, name)?;
+            check_disk(disk.source.size_bytes(), &disk.config.path, served)?;
+            let path = disk.config.journal.as_ref().unwrap_or(&served.journal);
+            let reader = JournalReader::open(path)?;
+            if reader.journal_id() != served.journal_id {
+                return Err(Error::new(
+                    ErrorKind::Mismatch,
+                    format!(
+                        "Journal {} is not the one that the tracker keeps for disk {name}: correct `journal` \
+                         in the configuration",
+                        path.display()
+                    ),
+                ));
+            }
+            readers.push(reader);
+        }
+        Ok(readers)
+    }
+
+    fn base_disk(&self, name: &str) -> Option<&DiskPoint> {
+        self.base.as_ref().and_then(|base| base.disk(name))
+    }
+
+    fn journals_are_the_bases(&self, status: &MachineStatus) -> bool {
+        self.disks.iter().all(|disk| {
+            let name = &disk.config.name;
+            let served = find_disk(status, name).ok();
+            match (self.base_disk(name), served) {
+                (Some(base), Some(served)) => base.journal == served.journal_id,
+                _ => false,
+            }
+        })
+    }
+
+    /// Whether the journal of a disk tells everything that has changed since the base.
+    fn journal_suffices(&self, served: &DiskStatus, committed: Epoch) -> bool {
+        let Some(base) = &self.base else { return false };
+        self.base_disk(&served.name).is_some_and(|disk| {
+            disk.journal == served.journal_id
+                && disk.size_bytes == served.size_bytes
+                && committed <= base.epoch
+                && served.resync.is_none_or(|resync| resync <= base.epoch)
+        })
+    }
+
+    /// Whether a scan under way still counts for a disk.
+    fn scan_counts(&self, served: &DiskStatus) -> bool {
+        let scan = self.scan.as_ref();
+        scan.is_some_and(|scan| {
+            scan.disk(&served.name).is_some_and(|disk| {
+                disk.journal == served.journal_id
+                    && disk.blocks == blocks_of(served.size_bytes)
+                    && served.resync.is_none_or(|resync| resync <= scan.epoch)
+            })
+        })
+    }
+
+    /// Begins a scan if one is needed and none that counts is under way.
+    fn settle_scan(
+        &mut self,
+        mut link: Link,
+        status: &MachineStatus,
+    ) -> std::result::Result<Link, Trouble> {
+        let mut wanted = Vec::new();
+        for disk in &self.disks {
+            let served = find_disk(status, &disk.config.name).at(Part::Tracker)?;
+            let under_way = self
+                .scan
+                .as_ref()
+                .is_some_and(|scan| scan.disk(&served.name).is_some());
+            let needed =
+                self.scan_forced || under_way || !self.journal_suffices(served, status.committed);
+            if needed {
+                wanted.push(served.name.clone());
+            }
+        }
+        let counts =
+            |name: &String| find_disk(status, name).is_ok_and(|served| self.scan_counts(served));
+        if wanted.iter().all(counts) && !self.scan_forced {
+            self.show_scan();
+            return Ok(link);
+        }
+        let (epoch, status) = self.open_above(&mut link)?;
+        self.begin_scan(epoch, &wanted, &status).at(Part::Spool)?;
+        self.scan_forced = false;
+        Ok(link)
+    }
+
+    /// Cuts and gives up until an epoch above everything is open, so that whatever is lost from here
+    /// on shows as a later one. Returns the epoch before it.
+    fn open_above(&self, link: &mut Link) -> std::result::Result<(Epoch, MachineStatus), Trouble> {
+        let highest = self.highest();
+        for _ in 0..CUTS_MAX {
+            let closed = link.client.cut(highest.next()).at(Part::Tracker)?;
+            link.client
+                .capture_end(closed, CaptureOutcome::Abandoned)
+                .at(Part::Tracker)?;
+            let status = link.client.epochs().at(Part::Tracker)?;
+            let settled = status
+                .disks
+                .iter()
+                .all(|disk| disk.resync.is_none_or(|resync| resync <= closed));
+            if closed > highest && settled {
+                return Ok((closed, status));
+            }
+        }
+        let what =
+            "The tracker's ring overflows faster than a scan can begin: give it a larger ring";
+        Err(Trouble {
+            part: Part::Tracker,
+            error: Error::new(ErrorKind::Unavailable, what),
+        })
+    }
+
+    /// A scan of these disks from their beginning. What an earlier one made stays: it is as good as
+    /// any older content, and blocks that differ from it are copied again.
+    fn begin_scan(
+        &mut self,
+        epoch: Epoch,
+        wanted: &[String],
+        status: &MachineStatus,
+    ) -> Result<()> {
+        let mut disks = Vec::new();
+        for name in wanted {
+            let served = find_disk(status, name)?;
+            let earlier = self.scan.as_ref().and_then(|scan| scan.disk(name));
+            disks.push(DiskScan {
+                name: name.clone(),
+                journal: served.journal_id.clone(),
+                cursor: 0,
+                blocks: blocks_of(served.size_bytes),
+                segments: earlier
+                    .map(|scan| scan.segments.clone())
+                    .unwrap_or_default(),
+            });
+        }
+        let scan = ScanState { epoch, disks };
+        self.state.save_scan(&scan)?;
+        tracing::info!("Every block of {} is looked at", wanted.join(", "));
+        self.scan = Some(scan);
+        self.show_scan();
+        Ok(())
+    }
+}
+
+/// The tracker's word on a disk.
+///
+/// # Errors
+///
+/// It serves no disk of this name.
+pub(super) fn find_disk<'a>(status: &'a MachineStatus, name: &str) -> Result<&'a DiskStatus> {
+    status
+        .disks
+        .iter()
+        .find(|disk| disk.name == name)
+        .ok_or_else(|| {
+            let served: Vec<&str> = status.disks.iter().map(|disk| disk.name.as_str()).collect();
+            let what = match served.is_empty() {
+                true => "it tracks none: start it without --no-journal and --read-only".to_owned(),
+                false => format!("it serves {}", served.join(", ")),
+            };
+            Error::new(
+                ErrorKind::Mismatch,
+                format!("The tracker serves no disk {name:?}: {what}"),
+            )
+        })
+}
+
+/// Whether the disk that we read is the one that the tracker serves.
+pub(super) fn check_disk(
+    size_bytes: u64,
+    path: &std::path::Path,
+    served: &DiskStatus,
+) -> Result<()> {
+    let canonical = |path: &std::path::Path| std::fs::canonicalize(path).ok();
+    let same = canonical(path).is_some() && canonical(path) == canonical(&served.image);
+    if same && size_bytes == served.size_bytes {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Mismatch,
+        format!(
+            "Disk {} is {} of {size_bytes} bytes in the configuration, the tracker serves {} of {} bytes",
+            served.name,
+            path.display(),
+            served.image.display(),
+            served.size_bytes
+        ),
+    ))
+}

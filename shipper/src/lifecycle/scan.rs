@@ -1,0 +1,186 @@
+//! Looking at every block: the first copy, and the comparison with all fingerprints.
+//!
+//! Order, for each segment: its file is written and synced; the scan's file names it and moves the
+//! cursor behind it, durably; the fingerprint table takes it over; it is queued for upload. A kill
+//! at any moment costs at most the segment in the making.
+//!
+//! Guests write meanwhile. What they change is in the journal, in epochs after the scan's, and is
+//! captured with the next recovery point, which names the scan's segments before its own.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::conductor::{At, BUDGET_PAUSE, Conductor, Trouble};
+use super::state::DiskScan;
+use super::status::{Part, Phase};
+use crate::capture::pipeline::{Captured, Flow, Settings, run};
+use crate::capture::plan::Batches;
+use crate::error::{Error, ErrorKind, Result};
+use crate::segment::format::{Directory, SegmentName};
+use crate::segment::writer::SegmentWriter;
+use crate::spool::files::sync_folder;
+use crate::spool::segment_file;
+use crate::upload::Job;
+use crate::upload::retry::Stop;
+use crate::vault::manifest::SegmentRef;
+
+/// Blocks after which a segment is finished although it is not full, so that the cursor moves on
+/// where little has to be copied: 1 GiB.
+const SLICE_BLOCKS: u64 = (1 << 30) / 4096;
+
+/// What one slice came to.
+struct Slice {
+    cursor: u64,
+    made: Option<(SegmentRef, Directory)>,
+}
+
+impl Conductor {
+    /// Scans up to the end of one segment.
+    pub(super) fn scan_some(&mut self) -> std::result::Result<Duration, Trouble> {
+        self.enter(Phase::Scanning);
+        if self.is_over_budget()? {
+            return Ok(BUDGET_PAUSE);
+        }
+        let Some((index, position)) = self.next_to_scan() else {
+            return Ok(Duration::ZERO);
+        };
+        let slice = self.scan_slice(index, position).at(Part::Capture)?;
+        self.board.note(Part::Capture, None);
+        self.keep_slice(index, position, slice).at(Part::Spool)?;
+        self.show_scan();
+        Ok(Duration::ZERO)
+    }
+
+    /// The first disk that is not done: its index, and its place in the scan.
+    fn next_to_scan(&self) -> Option<(usize, usize)> {
+        let scan = self.scan.as_ref()?;
+        let position = scan.disks.iter().position(|disk| !disk.is_done())?;
+        let name = &scan.disks[position].name;
+        let index = self
+            .disks
+            .iter()
+            .position(|disk| disk.config.name == *name)?;
+        Some((index, position))
+    }
+
+    fn scan_slice(&self, index: usize, position: usize) -> Result<Slice> {
+        let gone = || Error::new(ErrorKind::State, "The scan has ended");
+        let scan = self.scan.as_ref().ok_or_else(gone)?;
+        let table = self
+            .tables
+            .as_ref()
+            .and_then(|tables| tables.get(index))
+            .ok_or_else(gone)?;
+        let (disk, progress) = (&self.disks[index], &scan.disks[position]);
+        let name = SegmentName {
+            generation: self.machine.generation,
+            first_epoch: scan.epoch,
+            last_epoch: scan.epoch,
+            number: next_number(progress),
+        };
+        let path = self.copied_file(&disk.config.name, &name);
+        let mut writer = SegmentWriter::create(&path, name)?;
+        let settings = Settings {
+            keys: self.vault.keys(),
+            codec: self.config.codec,
+            workers: self.config.workers,
+            table,
+            bytes_read: self.board.bytes_read(index),
+        };
+        let begin = progress.cursor;
+        let mut cursor = begin;
+        let mut empty = true;
+        let rest = disk.source.rest_from(begin);
+        let batches = Batches::new(disk.source.pieces(std::iter::once(Ok(rest))));
+        run(
+            &disk.source,
+            batches,
+            &settings,
+            |Captured { frame, end_block }| {
+                if self.stop.is_told() {
+                    return Err(Stop::error());
+                }
+                empty &= frame.runs.is_empty();
+                writer.append(&frame)?;
+                cursor = end_block;
+                let enough = writer.is_full() || cursor - begin >= SLICE_BLOCKS;
+                Ok(if enough { Flow::Stop } else { Flow::Continue })
+            },
+        )?;
+        if empty {
+            drop(writer);
+            crate::spool::files::remove_if_present(&path)?;
+            return Ok(Slice { cursor, made: None });
+        }
+        let made = writer.finish(&disk.owner, self.vault.keys())?;
+        sync_folder(&self.state.copy())?;
+        Ok(Slice {
+            cursor,
+            made: Some(made),
+        })
+    }
+
+    fn copied_file(&self, disk: &str, name: &SegmentName) -> PathBuf {
+        self.state.copy().join(segment_file(disk, name))
+    }
+
+    fn keep_slice(&mut self, index: usize, position: usize, slice: Slice) -> Result<()> {
+        let Some(scan) = &mut self.scan else {
+            return Ok(());
+        };
+        let progress = &mut scan.disks[position];
+        progress.cursor = slice.cursor;
+        if let Some((segment, _)) = &slice.made {
+            progress.segments.push(segment.clone());
+        }
+        let disk = progress.name.clone();
+        self.state.save_scan(scan)?;
+        let Some((segment, directory)) = slice.made else {
+            return Ok(());
+        };
+        let epoch = segment.name.0.last_epoch;
+        self.apply(index, epoch, &directory)?;
+        self.uploader.queue(Job::Copied { disk, segment });
+        Ok(())
+    }
+
+    /// Takes a directory over into a table. If that fails, no table is trusted until all have been
+    /// opened again and what is missing was applied.
+    pub(super) fn apply(
+        &mut self,
+        disk: usize,
+        epoch: tracker::extent::Epoch,
+        directory: &Directory,
+    ) -> Result<()> {
+        let applied = match self.tables.as_mut().and_then(|tables| tables.get_mut(disk)) {
+            Some(table) => table.apply(epoch, directory),
+            None => Ok(()),
+        };
+        if applied.is_err() {
+            self.tables = None;
+        }
+        applied
+    }
+
+    /// Shows on the board how far the scan is.
+    pub(super) fn show_scan(&self) {
+        let scanned = |name: &str, blocks: u64| {
+            let scan = self.scan.as_ref().and_then(|scan| scan.disk(name));
+            scan.map_or(blocks, |disk| disk.cursor)
+        };
+        self.board.update(|status| {
+            for disk in &mut status.disks {
+                disk.scanned_blocks = scanned(&disk.name, disk.blocks);
+            }
+        });
+    }
+}
+
+/// A number that no segment of this scan has, also where an earlier pass made some.
+fn next_number(progress: &DiskScan) -> u32 {
+    let used = progress
+        .segments
+        .iter()
+        .map(|segment| segment.name.0.number);
+    used.max().map_or(0, |highest| highest + 1)
+}

@@ -1,0 +1,206 @@
+//! What the shipper is doing and how well: a board that its threads write and others read.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tracker::extent::Epoch;
+
+use crate::error::Error;
+
+/// The same trouble is logged again after this time.
+const REPEAT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What can be in trouble by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// The tracker cannot be reached or refuses.
+    Tracker,
+    /// A disk cannot be read, or a recovery point had to be given up.
+    Capture,
+    /// The spool is full or cannot be written.
+    Spool,
+    /// The vault cannot be reached or is full.
+    Vault,
+}
+
+/// What the shipper is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// It looks for its tracker.
+    #[default]
+    Connecting,
+    /// Every block is read: the first copy, or a comparison with all fingerprints.
+    Scanning,
+    /// It waits for the next recovery point.
+    Waiting,
+    /// An epoch is being captured.
+    Capturing,
+}
+
+/// Health of the whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// Nothing is in trouble.
+    #[default]
+    Ok,
+    /// Something is retried; nothing is lost.
+    Warning,
+}
+
+/// Everything about a running shipper.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the program.
+    pub version: String,
+    /// Process number.
+    pub pid: u32,
+    /// Name of the machine.
+    pub machine: String,
+    /// Address of the vault.
+    pub vault: String,
+    /// The generation that it holds.
+    pub generation: u64,
+    /// What it is doing.
+    pub phase: Phase,
+    /// How well.
+    pub health: Health,
+    /// What is in trouble, in words.
+    pub problems: BTreeMap<Part, String>,
+    /// The newest recovery point in the vault that this process knows.
+    pub newest_point: Option<Epoch>,
+    /// Recovery points made since it was started.
+    pub points: u64,
+    /// Recovery points given up since it was started; their changes are in the next one.
+    pub points_given_up: u64,
+    /// Epochs that wait for upload.
+    pub spool_epochs: u64,
+    /// Bytes that wait for upload.
+    pub spool_bytes: u64,
+    /// Bytes that may wait for upload.
+    pub spool_budget_bytes: u64,
+    /// Segments put into the vault since it was started.
+    pub uploaded_segments: u64,
+    /// Bytes of them.
+    pub uploaded_bytes: u64,
+    /// The disks.
+    pub disks: Vec<DiskStatus>,
+}
+
+/// One disk.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Name.
+    pub name: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Bytes read from it since the shipper was started.
+    pub bytes_read: u64,
+    /// Blocks that a scan has seen; as many as there are when none is needed.
+    pub scanned_blocks: u64,
+    /// Blocks of the disk.
+    pub blocks: u64,
+}
+
+struct Logged {
+    message: String,
+    at: Instant,
+}
+
+#[derive(Default)]
+struct Inner {
+    status: Status,
+    logged: BTreeMap<Part, Logged>,
+}
+
+/// The board.
+pub struct Board {
+    inner: Mutex<Inner>,
+    bytes_read: Vec<AtomicU64>,
+}
+
+impl std::fmt::Debug for Board {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Board")
+    }
+}
+
+impl Board {
+    /// A board that begins with this; there is one counter of bytes read for each of its disks.
+    pub fn new(mut status: Status) -> Self {
+        env!("CARGO_PKG_VERSION").clone_into(&mut status.version);
+        status.pid = std::process::id();
+        let bytes_read = status.disks.iter().map(|_| AtomicU64::new(0)).collect();
+        Self {
+            inner: Mutex::new(Inner {
+                status,
+                logged: BTreeMap::new(),
+            }),
+            bytes_read,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The counter of bytes read from a disk.
+    pub fn bytes_read(&self, disk: usize) -> &AtomicU64 {
+        &self.bytes_read[disk]
+    }
+
+    /// Everything at this moment.
+    pub fn status(&self) -> Status {
+        let mut status = self.lock().status.clone();
+        for (disk, read) in status.disks.iter_mut().zip(&self.bytes_read) {
+            disk.bytes_read = read.load(Ordering::Relaxed);
+        }
+        let trouble = !status.problems.is_empty();
+        status.health = if trouble { Health::Warning } else { Health::Ok };
+        status
+    }
+
+    /// Changes what it says.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.lock().status);
+    }
+
+    /// Notes trouble of a part, or that it is over. New trouble is logged, lasting trouble once a
+    /// minute.
+    pub fn note(&self, part: Part, error: Option<&Error>) {
+        let mut inner = self.lock();
+        let Some(error) = error else {
+            if inner.status.problems.remove(&part).is_some() {
+                inner.logged.remove(&part);
+                tracing::info!("Over: trouble with the {part:?}");
+            }
+            return;
+        };
+        let message = error.chain();
+        let known = inner.logged.get(&part).is_some_and(|logged| {
+            logged.message == message && logged.at.elapsed() < REPEAT_INTERVAL
+        });
+        if !known {
+            tracing::warn!("{message}; trying again");
+            let logged = Logged {
+                message: message.clone(),
+                at: Instant::now(),
+            };
+            inner.logged.insert(part, logged);
+        }
+        inner.status.problems.insert(part, message);
+    }
+
+    /// Counts a segment that was put into the vault.
+    pub fn count_upload(&self, bytes: u64) {
+        self.update(|status| {
+            status.uploaded_segments += 1;
+            status.uploaded_bytes += bytes;
+        });
+    }
+}

@@ -1,0 +1,200 @@
+//! What the commands print.
+
+use std::fmt::Write;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use shipper::error::{Error, ErrorKind, Result};
+use shipper::lifecycle::config::Config;
+use shipper::lifecycle::protect::Protection;
+use shipper::lifecycle::status::{Health, Phase, Status};
+use shipper::vault::manifest::Manifest;
+use tracker::extent::Epoch;
+
+/// A value as indented JSON.
+///
+/// # Errors
+///
+/// It cannot be written as JSON.
+pub fn json<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string_pretty(value)
+        .map(|text| text + "\n")
+        .map_err(|error| Error::new(ErrorKind::Invalid, "Cannot write JSON").with_source(error))
+}
+
+/// What `protect` says.
+pub fn protection(config: &Config, protection: &Protection) -> String {
+    let mut text = String::new();
+    for check in &protection.checks {
+        text.push_str(&format!("ok  {check}\n"));
+    }
+    let how = if protection.claimed {
+        "claimed"
+    } else {
+        "held already"
+    };
+    text.push_str(&format!(
+        "Machine {} is protected, generation {} {how}: start `shipper run`\n",
+        config.machine, protection.generation
+    ));
+    text
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// What `status` says.
+pub fn status(status: &Status) -> String {
+    let phase = match status.phase {
+        Phase::Connecting => "looking for the tracker",
+        Phase::Scanning => "looking at every block",
+        Phase::Waiting => "waiting for the next recovery point",
+        Phase::Capturing => "capturing",
+    };
+    let health = match status.health {
+        Health::Ok => "ok",
+        Health::Warning => "in trouble, trying again",
+    };
+    let newest = status
+        .newest_point
+        .map_or("none".to_owned(), |epoch| epoch.to_string());
+    let mut text = format!(
+        "shipper {} (process {}), machine {}, vault {}, generation {}\n\
+         health: {health}; {phase}\n\
+         newest recovery point: {newest}; {} made, {} given up\n\
+         waiting for upload: {} epochs, {} of {}\n\
+         uploaded: {} segments, {}\n",
+        status.version,
+        status.pid,
+        status.machine,
+        status.vault,
+        status.generation,
+        status.points,
+        status.points_given_up,
+        status.spool_epochs,
+        mebibytes(status.spool_bytes),
+        mebibytes(status.spool_budget_bytes),
+        status.uploaded_segments,
+        mebibytes(status.uploaded_bytes),
+    );
+    for (part, problem) in &status.problems {
+        text.push_str(&format!("trouble with the {part:?}: {problem}\n"));
+    }
+    for disk in &status.disks {
+        let percent = 100.0 * disk.scanned_blocks as f64 / disk.blocks.max(1) as f64;
+        let scanned = match disk.scanned_blocks < disk.blocks {
+            true => format!(", {percent:.1}% looked at"),
+            false => String::new(),
+        };
+        text.push_str(&format!(
+            "disk {}: {} bytes, {} read{scanned}\n",
+            disk.name,
+            disk.size_bytes,
+            mebibytes(disk.bytes_read)
+        ));
+    }
+    text
+}
+
+/// A recovery point as `points` shows it.
+#[derive(Debug, Serialize)]
+pub struct Point {
+    /// Number.
+    epoch: String,
+    /// The one before it.
+    previous: String,
+    /// When it was cut.
+    created: jiff::Timestamp,
+    /// Generation of the shipper that made it.
+    generation: u64,
+    /// The disks.
+    disks: Vec<PointDisk>,
+}
+
+/// A disk of a recovery point.
+#[derive(Debug, Serialize)]
+struct PointDisk {
+    name: String,
+    size_bytes: u64,
+    /// Blocks that the journal called changed.
+    dirty_blocks: u64,
+    /// Bytes in the vault that came with this point.
+    stored_bytes: u64,
+    /// Segments that the point is made of.
+    segments: u64,
+}
+
+impl Point {
+    /// A point from its manifest.
+    pub fn of(manifest: &Manifest) -> Self {
+        let disk = |disk: &shipper::vault::manifest::DiskPoint| {
+            let new = disk
+                .segments
+                .iter()
+                .filter(|segment| segment.name.0.last_epoch > manifest.previous);
+            PointDisk {
+                name: disk.name.clone(),
+                size_bytes: disk.size_bytes,
+                dirty_blocks: disk.dirty_blocks,
+                stored_bytes: new.map(|segment| segment.bytes).sum(),
+                segments: disk.segments.len() as u64,
+            }
+        };
+        Self {
+            epoch: manifest.epoch.to_string(),
+            previous: match manifest.previous {
+                Epoch::ZERO => String::new(),
+                previous => previous.to_string(),
+            },
+            created: manifest.created,
+            generation: manifest.generation,
+            disks: manifest.disks.iter().map(disk).collect(),
+        }
+    }
+}
+
+/// What `points` says.
+pub fn points(points: &[Point]) -> String {
+    let mut text = String::new();
+    for point in points {
+        let dirty: u64 = point.disks.iter().map(|disk| disk.dirty_blocks).sum();
+        let stored: u64 = point.disks.iter().map(|disk| disk.stored_bytes).sum();
+        let created = point.created.strftime("%Y-%m-%dT%H:%M:%SZ");
+        // Writing into a string cannot fail.
+        let _written = writeln!(
+            text,
+            "{}  {created}  {dirty:>10} blocks changed  {:>12} stored  {} disks",
+            point.epoch,
+            mebibytes(stored),
+            point.disks.len()
+        );
+    }
+    text
+}
+
+/// A bar on a terminal, nothing elsewhere.
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    /// A bar that is not shown yet.
+    pub fn new() -> Self {
+        let bar = ProgressBar::new(0);
+        let template = "[{bar:40}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("##-"));
+        }
+        Self(bar)
+    }
+
+    /// Shows bytes done of all.
+    pub fn show(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
+    }
+
+    /// Takes it away.
+    pub fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
