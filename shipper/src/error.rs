@@ -114,12 +114,7 @@ impl From<tracker::error::Error> for Error {
             Tracker::Mismatch => ErrorKind::Mismatch,
             Tracker::State => ErrorKind::State,
         };
-        let context = error.to_string();
-        let converted = Self::new(kind, context);
-        match StdError::source(&error) {
-            Some(_) => converted.with_source(error),
-            None => converted,
-        }
+        Self::new(kind, error.chain())
     }
 }
 

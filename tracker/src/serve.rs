@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -147,8 +147,9 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
         .iter()
         .map(|disk| DiskSpec {
             name: disk.name().to_owned(),
-            image: disk.path().to_owned(),
-            journal: journal_path(options, disk),
+            // Whoever is told of them may stand in another folder.
+            image: absolute(disk.path()),
+            journal: absolute(&journal_path(options, disk)),
             size_bytes: disk.size_bytes(),
             identity: disk.identity(),
         })
@@ -166,6 +167,10 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
         tracing::info!("{report}");
     }
     Ok(Arc::new(machine))
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// The journal lies beside an image; beside a device node there is no place that lasts.

@@ -168,14 +168,14 @@ impl<I: Iterator<Item = Result<Extent>>> Iterator for Pieces<'_, I> {
 
 /// Reads of a disk: through an io_uring, or one by one where there is none.
 pub(super) enum Depth<'a, T> {
-    Uring(Reads<'a, T>),
+    Uring(Box<Reads<'a, T>>),
     Plain(&'a File, Vec<(Job<T>, Option<io::Error>)>),
 }
 
 impl<'a, T> Depth<'a, T> {
     pub(super) fn new(source: &'a DiskSource, entries: u32, buffers: &mut [ReadBuffer]) -> Self {
         match Reads::new(&source.file, entries, buffers) {
-            Ok(reads) => Self::Uring(reads),
+            Ok(reads) => Self::Uring(Box::new(reads)),
             Err(error) => {
                 tracing::warn!(
                     "No io_uring here ({error}): disks are read one block run at a time"

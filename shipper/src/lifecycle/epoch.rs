@@ -151,7 +151,13 @@ impl Conductor {
     ) -> std::result::Result<CapturedDisk, GivenUp> {
         let disk = &self.disks[index];
         let name = &disk.config.name;
-        let dirty = reader.dirty(reader.state()?.sealed, epoch)?;
+        // A scan has seen whatever changed before it began.
+        let scanned = self.scan.as_ref().filter(|scan| scan.disk(name).is_some());
+        let after = reader
+            .state()?
+            .sealed
+            .max(scanned.map_or(Epoch::ZERO, |scan| scan.epoch));
+        let dirty = reader.dirty(after, epoch)?;
         // Looked at after the records: what the ring could not take shows here.
         if reader
             .state()?
