@@ -1,1 +1,21 @@
-//! Recovery points made into disks again.
+//! Recovery points made into disks again, and proof that they can be.
+//!
+//! [`index`] finds out which segment has which blocks, [`piece`] cuts their frames into pieces of
+//! work, [`restore`] brings them to a [`target`], [`verify`] reads them and reports what is wrong.
+
+pub mod restore;
+
+pub mod verify;
+
+mod target;
+
+mod segments;
+
+mod index;
+
+mod piece;
+
+mod workers;
+
+#[cfg(test)]
+mod tests;

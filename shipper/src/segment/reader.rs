@@ -6,12 +6,18 @@ use std::path::Path;
 
 use zerocopy::IntoBytes;
 
+use tracker::extent::BLOCK_SIZE;
+
 use super::format::{Directory, FOOTER_BYTES, Footer, HEADER_BYTES, Header};
 use super::frame::damaged;
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::vault::keys::Keys;
 use crate::vault::manifest::SegmentRef;
+
+/// Largest directory that is read, in bytes: several times what a segment of the target size can
+/// have, so that no manifest makes this program ask for more memory than there is.
+pub const DIRECTORY_BYTES_MAX: u64 = 256 << 20;
 
 /// The directory of a segment in a store, by one ranged read.
 ///
@@ -24,8 +30,22 @@ pub fn read_directory(
     segment: &SegmentRef,
     keys: &Keys,
 ) -> Result<Directory> {
+    read_tail(store, key, segment, keys).map(|(directory, _)| directory)
+}
+
+/// The directory and footer of a segment in a store, by one ranged read.
+///
+/// # Errors
+///
+/// As for [`read_directory`].
+pub fn read_tail(
+    store: &dyn Store,
+    key: &str,
+    segment: &SegmentRef,
+    keys: &Keys,
+) -> Result<(Directory, Footer)> {
     let tail = store.read(key, Some(tail_start(key, segment)?..segment.bytes))?;
-    decode_tail(&tail, key, segment, keys)
+    decode(&tail, key, segment, keys)
 }
 
 /// The directory of a segment in a file.
@@ -44,6 +64,12 @@ pub fn read_directory_file(path: &Path, segment: &SegmentRef, keys: &Keys) -> Re
 }
 
 fn tail_start(key: &str, segment: &SegmentRef) -> Result<u64> {
+    if segment.directory_bytes > DIRECTORY_BYTES_MAX {
+        return Err(damaged(
+            key,
+            "the manifest says that its directory is larger than one can be",
+        ));
+    }
     segment
         .directory_bytes
         .checked_add((FOOTER_BYTES + HEADER_BYTES) as u64)
@@ -58,6 +84,15 @@ fn tail_start(key: &str, segment: &SegmentRef) -> Result<u64> {
 ///
 /// It is damaged, or another one.
 pub fn decode_tail(tail: &[u8], key: &str, segment: &SegmentRef, keys: &Keys) -> Result<Directory> {
+    decode(tail, key, segment, keys).map(|(directory, _)| directory)
+}
+
+fn decode(
+    tail: &[u8],
+    key: &str,
+    segment: &SegmentRef,
+    keys: &Keys,
+) -> Result<(Directory, Footer)> {
     let (directory, footer) =
         Directory::decode(tail, segment.bytes, keys).map_err(|what| damaged(key, &what))?;
     if !is_named(&footer, segment) {
@@ -66,7 +101,15 @@ pub fn decode_tail(tail: &[u8], key: &str, segment: &SegmentRef, keys: &Keys) ->
             "it is not the segment that the manifest names",
         ));
     }
-    Ok(directory)
+    // Whoever reads a frame asks for memory by its size, so it has to be plausible.
+    let oversized = directory.frames.iter().find(|frame| {
+        u64::from(frame.stored_bytes.get()) > u64::from(frame.block_count.get()) * BLOCK_SIZE
+    });
+    if let Some(frame) = oversized {
+        let what = format!("the frame at offset {} is too large", frame.offset.get());
+        return Err(damaged(key, &what));
+    }
+    Ok((directory, footer))
 }
 
 fn is_named(footer: &Footer, segment: &SegmentRef) -> bool {

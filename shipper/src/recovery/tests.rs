@@ -1,0 +1,11 @@
+//! Restore and verify on small vaults, against a model; the document of the format, and old vaults.
+
+mod document;
+
+mod fixture;
+
+mod restores;
+
+mod site;
+
+mod verifies;

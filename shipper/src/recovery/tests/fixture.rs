@@ -1,0 +1,159 @@
+//! Old vaults stay readable: one that the first version wrote, byte for byte.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tracker::extent::Epoch;
+
+use super::site::{Changes, Content, MACHINE, apply, blocks, put_manifest, put_segment};
+use crate::recovery::restore::{RestoreOptions, restore};
+use crate::recovery::verify::{VerifyOptions, verify};
+use crate::segment::codec::Codec;
+use crate::segment::format::SegmentName;
+use crate::store::{Created, VaultUrl};
+use crate::vault::Vault;
+use crate::vault::layout::generation_key;
+
+/// Ten blocks and a sector.
+pub const SIZE_BYTES: u64 = 10 * 4096 + 512;
+/// BLAKE3 of the disk at each point, without a key.
+pub const DISK_HASHES: [(u64, &str); 2] = [
+    (
+        1,
+        "6e0b9cd2473ff412eb311eaf2460d5a285f1a5fcdb1bd4fb5d96238387332380",
+    ),
+    (
+        2,
+        "86c7fe04e468e4ac9d38e0818db50fc8f9742ab170dbe0c6695dfd331b58b1d0",
+    ),
+];
+
+const VAULT_FILE: &str = r#"{
+  "format": 1,
+  "vault": "54696465206d61726b206578616d706c",
+  "created": "2026-01-01T00:00:00Z",
+  "root_key": "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f",
+  "key_slots": []
+}
+"#;
+
+const CLAIM: &str = "{\"claimed\":\"2026-01-01T00:00:00Z\",\"holder\":\"example\"}\n";
+
+/// The vault of the first version.
+pub fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vault-1")
+}
+
+pub fn open() -> Vault {
+    Vault::open(&format!("file://{}", folder().display())).unwrap()
+}
+
+/// What the segments hold: point, number, codec, changes.
+fn contents() -> Vec<(u64, u32, Codec, Changes)> {
+    let first = vec![
+        (blocks(0, 3), Content::Text(1)),
+        (blocks(4, 4), Content::Zero),
+        (blocks(10, 1), Content::Sector(1)),
+    ];
+    let second = vec![
+        (blocks(1, 1), Content::Text(2)),
+        (blocks(2, 1), Content::Zero),
+    ];
+    let third = vec![(blocks(8, 1), Content::Noise(2))];
+    vec![
+        (1, 0, Codec::Zstd(1), first),
+        (2, 0, Codec::Lz4, second),
+        (2, 1, Codec::None, third),
+    ]
+}
+
+/// The disk at a point.
+fn model(point: u64) -> Vec<u8> {
+    let mut model = vec![0; SIZE_BYTES as usize];
+    for (_, _, _, changes) in contents().iter().filter(|(epoch, ..)| *epoch <= point) {
+        apply(&mut model, changes);
+    }
+    model
+}
+
+#[test]
+fn the_vault_of_version_one_restores() {
+    let vault = open();
+    let folder = tempfile::tempdir().unwrap();
+    for (point, hash) in DISK_HASHES {
+        let options = RestoreOptions {
+            machine: MACHINE.to_owned(),
+            point: Some(Epoch(point)),
+            disk: Some("disk".to_owned()),
+            target: folder.path().join(format!("disk-{point}")),
+            threads: 2,
+        };
+        restore(&vault, &options, &|_, _| {}).unwrap();
+        let found = fs::read(&options.target).unwrap();
+        assert!(found == model(point), "point {point}");
+        assert_eq!(blake3::hash(&found).to_string(), hash, "point {point}");
+    }
+}
+
+#[test]
+fn the_vault_of_version_one_is_whole() {
+    let options = VerifyOptions {
+        machine: None,
+        data: true,
+        threads: 2,
+    };
+    let mut problems = Vec::new();
+    let report = verify(&open(), &options, &mut |line| {
+        problems.push(line.to_owned())
+    })
+    .unwrap();
+    assert_eq!(problems, Vec::<String>::new());
+    assert_eq!((report.points, report.segments), (2, 3));
+}
+
+#[test]
+#[ignore = "writes the vault of version one, where it is not there"]
+fn write_the_vault_of_version_one() {
+    let folder = folder();
+    if folder.exists() {
+        return;
+    }
+    VaultUrl::Folder(folder.clone()).prepare().unwrap();
+    fs::write(folder.join("vault.json"), VAULT_FILE).unwrap();
+    let vault = open();
+    let created = vault
+        .store()
+        .create(&generation_key(MACHINE, 1), CLAIM.into());
+    assert_eq!(created.unwrap(), Created::New);
+    let scratch = tempfile::tempdir().unwrap();
+    let mut segments = Vec::new();
+    for (epoch, number, codec, changes) in contents() {
+        let name = SegmentName {
+            generation: 1,
+            first_epoch: Epoch(epoch),
+            last_epoch: Epoch(epoch),
+            number,
+        };
+        segments.push(put_segment(
+            &vault,
+            scratch.path(),
+            "disk",
+            name,
+            codec,
+            32,
+            &changes,
+        ));
+    }
+    put_manifest(
+        &vault,
+        Epoch(1),
+        Epoch::ZERO,
+        &[("disk", SIZE_BYTES, &segments[..1])],
+    );
+    put_manifest(
+        &vault,
+        Epoch(2),
+        Epoch(1),
+        &[("disk", SIZE_BYTES, &segments)],
+    );
+}

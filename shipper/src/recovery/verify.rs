@@ -1,0 +1,404 @@
+//! Proof that recovery points can be restored, without restoring them.
+//!
+//! Overview: all manifests are read, and from them the list of distinct segments, each with the
+//! recovery points that need it. A few threads look at each segment once: size, header, footer and
+//! directory. With `data` they also cut it into pieces, and workers read these, check every frame,
+//! and compare every block with its fingerprint. Problems come to the caller's thread as lines.
+//!
+//! A problem does not stop the rest. Segments that no manifest names are none: a point that is not
+//! published yet has some.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use tracker::extent::Epoch;
+
+use super::piece::{Limits, Piece, cut};
+use super::workers::{Failure, Numbers, data_threads, directory_threads};
+use crate::error::{Error, ErrorKind, Result};
+use crate::segment::format::{Directory, FOOTER_BYTES, Footer, HEADER_BYTES};
+use crate::segment::frame::damaged;
+use crate::segment::reader::{check_header, read_tail};
+use crate::vault::Vault;
+use crate::vault::layout::{is_valid_name, manifest_key};
+use crate::vault::manifest::{DiskPoint, Manifest, NameField, SegmentRef};
+
+/// All bytes are read, so there are no gaps.
+const LIMITS: Limits = Limits {
+    read_bytes_max: 8 << 20,
+    gap_bytes_max: 0,
+};
+/// Recovery points that a problem lists; of the others it says how many they are.
+const POINTS_SHOWN: usize = 3;
+/// Where all machines are.
+const MACHINES_PREFIX: &str = "machines";
+
+/// What to verify.
+#[derive(Clone, Debug)]
+pub struct VerifyOptions {
+    /// Name of the machine; `None`: all that the vault has.
+    pub machine: Option<String>,
+    /// Whether the data are read too, and not only what describes them.
+    pub data: bool,
+    /// Threads that read and check; at least one.
+    pub threads: usize,
+}
+
+/// What was verified.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VerifyReport {
+    /// Recovery points.
+    pub points: u64,
+    /// Distinct segments that they name.
+    pub segments: u64,
+    /// Bytes that were read of these segments.
+    pub bytes: u64,
+    /// Problems that were found.
+    pub problems: u64,
+}
+
+/// Verifies the recovery points of one machine or all. `on_problem` gets one line for each
+/// problem, with the object's key and the recovery points that it affects.
+///
+/// # Errors
+///
+/// `Missing`: the vault has nothing of the machine. `Unavailable`: the vault has gone meanwhile.
+/// Other kinds: the vault cannot be listed. What is wrong with objects is a problem, not an error.
+pub fn verify(
+    vault: &Vault,
+    options: &VerifyOptions,
+    on_problem: &mut dyn FnMut(&str),
+) -> Result<VerifyReport> {
+    let mut report = VerifyReport::default();
+    for machine in machines(vault, options)? {
+        let mut problem = |line: String| {
+            report.problems += 1;
+            on_problem(&line);
+        };
+        let mut catalog = Catalog::default();
+        let points = catalog.read(vault, &machine, &mut problem)?;
+        let task = Task {
+            vault,
+            machine: &machine,
+            segments: &catalog.segments,
+            options,
+            bytes: AtomicU64::new(0),
+        };
+        task.run(&mut problem);
+        report.points += points;
+        report.segments += catalog.segments.len() as u64;
+        report.bytes += task.bytes.into_inner();
+    }
+    // A vault that was unmounted looks like one that has lost everything.
+    vault.check_present()?;
+    Ok(report)
+}
+
+fn machines(vault: &Vault, options: &VerifyOptions) -> Result<BTreeSet<String>> {
+    let Some(machine) = &options.machine else {
+        let listed = vault.store().list(MACHINES_PREFIX)?;
+        let names = listed.iter().filter_map(|object| {
+            let mut parts = object.key.split('/');
+            parts.nth(1).filter(|name| is_valid_name(name))
+        });
+        return Ok(names.map(str::to_owned).collect());
+    };
+    if !is_valid_name(machine) {
+        let what = format!("{machine:?} is not the name of a machine");
+        return Err(Error::new(ErrorKind::Invalid, what));
+    }
+    let prefix = format!("{MACHINES_PREFIX}/{machine}");
+    if vault.store().list(&prefix)?.is_empty() {
+        let url = vault.url();
+        let what = format!("The vault at {url} has nothing of machine {machine}");
+        return Err(Error::new(ErrorKind::Missing, what));
+    }
+    Ok(BTreeSet::from([machine.clone()]))
+}
+
+/// The recovery points that a problem affects.
+#[derive(Debug, Default)]
+struct Points {
+    first: Vec<Epoch>,
+    count: usize,
+}
+
+impl Points {
+    fn add(&mut self, epoch: Epoch) {
+        if self.first.len() < POINTS_SHOWN {
+            self.first.push(epoch);
+        }
+        self.count += 1;
+    }
+}
+
+impl fmt::Display for Points {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: Vec<_> = self.first.iter().map(Epoch::to_string).collect();
+        let plural = if self.count == 1 { "" } else { "s" };
+        write!(f, "recovery point{plural} {}", shown.join(", "))?;
+        match self.count - self.first.len() {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
+/// A segment that manifests name.
+#[derive(Debug)]
+struct Named {
+    key: String,
+    disk: String,
+    segment: SegmentRef,
+    points: Points,
+}
+
+impl Named {
+    /// A problem of this segment as a line.
+    fn line(&self, error: &Error) -> String {
+        let (key, points, what) = (&self.key, &self.points, error.chain());
+        if what.contains(key) {
+            format!("{what}; affects {points}")
+        } else {
+            format!("Object {key} of the vault: {what}; affects {points}")
+        }
+    }
+
+    fn error(&self, what: &str) -> Error {
+        damaged(&self.key, what)
+    }
+}
+
+/// All distinct segments of a machine.
+#[derive(Debug, Default)]
+struct Catalog {
+    segments: Vec<Named>,
+    /// Positions by disk and name.
+    positions: HashMap<String, HashMap<NameField, usize>>,
+}
+
+impl Catalog {
+    /// Reads all manifests of a machine; returns how many there are.
+    fn read(
+        &mut self,
+        vault: &Vault,
+        machine: &str,
+        problem: &mut dyn FnMut(String),
+    ) -> Result<u64> {
+        let points = vault.points(machine)?;
+        for epoch in &points {
+            let key = manifest_key(machine, *epoch);
+            match vault.manifest(machine, *epoch) {
+                Ok(manifest) => self.take(&key, &manifest, &points, problem),
+                Err(error) => {
+                    let what = error.chain();
+                    problem(if what.contains(&key) {
+                        format!("{what}; affects recovery point {epoch}")
+                    } else {
+                        format!("Object {key} of the vault: {what}; affects recovery point {epoch}")
+                    });
+                }
+            }
+        }
+        Ok(points.len() as u64)
+    }
+
+    fn take(
+        &mut self,
+        key: &str,
+        manifest: &Manifest,
+        points: &[Epoch],
+        problem: &mut dyn FnMut(String),
+    ) {
+        let (epoch, previous) = (manifest.epoch, manifest.previous);
+        let is_kept = points.binary_search(&previous).is_ok();
+        let is_older = points.first().is_some_and(|oldest| previous < *oldest);
+        if previous >= epoch {
+            problem(format!(
+                "Object {key} of the vault: it calls {previous} the one before it; affects recovery point {epoch}"
+            ));
+        } else if !is_kept && !is_older {
+            let missing = manifest_key(&manifest.machine, previous);
+            problem(format!(
+                "Object {missing} of the vault is missing: {key} names it as the one before it; \
+                 affects recovery point {previous}"
+            ));
+        }
+        let mut names = BTreeSet::new();
+        for disk in &manifest.disks {
+            if !names.insert(&disk.name) {
+                let name = &disk.name;
+                problem(format!(
+                    "Object {key} of the vault: it lists disk {name} twice; affects recovery point {epoch}"
+                ));
+            }
+            self.take_disk(manifest, disk, problem);
+        }
+    }
+
+    fn take_disk(
+        &mut self,
+        manifest: &Manifest,
+        disk: &DiskPoint,
+        problem: &mut dyn FnMut(String),
+    ) {
+        let epoch = manifest.epoch;
+        let positions = self.positions.entry(disk.name.clone()).or_default();
+        for segment in &disk.segments {
+            let position = *positions.entry(segment.name).or_insert_with(|| {
+                self.segments.push(Named {
+                    key: segment.key(&manifest.machine, &disk.name),
+                    disk: disk.name.clone(),
+                    segment: segment.clone(),
+                    points: Points::default(),
+                });
+                self.segments.len() - 1
+            });
+            let named = &mut self.segments[position];
+            if named.segment == *segment {
+                named.points.add(epoch);
+            } else {
+                let (key, others) = (&named.key, &named.points);
+                problem(format!(
+                    "Object {key} of the vault: recovery point {epoch} describes it in another way than {others}"
+                ));
+            }
+        }
+    }
+}
+
+/// The segments of a machine that are verified.
+struct Task<'a> {
+    vault: &'a Vault,
+    machine: &'a str,
+    segments: &'a [Named],
+    options: &'a VerifyOptions,
+    /// Bytes that were read.
+    bytes: AtomicU64,
+}
+
+impl Task<'_> {
+    fn run(&self, problem: &mut dyn FnMut(String)) {
+        // Nothing fails as a whole here.
+        let failure = Failure::default();
+        let numbers = Numbers::new(self.segments.len(), &failure);
+        let workers = if self.options.data {
+            data_threads(self.options.threads)
+        } else {
+            0
+        };
+        let (pieces, work) = bounded::<Piece>(2 * workers);
+        let (found, lines) = bounded::<String>(workers + 1);
+        std::thread::scope(|scope| {
+            for _ in 0..directory_threads(self.options.threads) {
+                let (pieces, found, numbers) = (pieces.clone(), found.clone(), &numbers);
+                scope.spawn(move || {
+                    numbers.work(|number| {
+                        self.check_segment(number, &pieces, &found);
+                        Ok(())
+                    });
+                });
+            }
+            for _ in 0..workers {
+                let (work, found) = (work.clone(), found.clone());
+                scope.spawn(move || self.check_pieces(&work, &found));
+            }
+            drop((pieces, work, found));
+            for line in lines {
+                problem(line);
+            }
+        });
+    }
+
+    /// Looks at a segment, and hands on its pieces if all of it is to be read.
+    fn check_segment(&self, number: usize, pieces: &Sender<Piece>, found: &Sender<String>) {
+        let named = &self.segments[number];
+        let directory = match self.check_structure(named) {
+            Ok(directory) => directory,
+            Err(error) => {
+                let _caller_gone = found.send(named.line(&error));
+                return;
+            }
+        };
+        if !self.options.data {
+            return;
+        }
+        let all = (0..directory.frames.len()).map(|frame| (frame, &[][..]));
+        for piece in cut(number, &directory, all, LIMITS) {
+            let _workers_gone = pieces.send(piece);
+        }
+    }
+
+    fn check_structure(&self, named: &Named) -> Result<Directory> {
+        let (key, segment) = (&*named.key, &named.segment);
+        let store = self.vault.store();
+        match store.size(key)? {
+            None => return Err(Error::new(ErrorKind::Missing, "it is missing")),
+            Some(size) if size != segment.bytes => {
+                let what = format!("it has {size} bytes instead of {}", segment.bytes);
+                return Err(named.error(&what));
+            }
+            Some(_) => {}
+        }
+        let header = store.read(key, Some(0..HEADER_BYTES as u64))?;
+        check_header(&header, key)?;
+        let (directory, footer) = read_tail(store, key, segment, self.vault.keys())?;
+        let read = HEADER_BYTES as u64 + segment.directory_bytes + FOOTER_BYTES as u64;
+        self.bytes.fetch_add(read, Ordering::Relaxed);
+        self.check_footer(named, &footer)?;
+        Ok(directory)
+    }
+
+    /// Compares the footer with everything that the manifest and the key say.
+    fn check_footer(&self, named: &Named, footer: &Footer) -> Result<()> {
+        let owner = self.vault.owner(self.machine, &named.disk);
+        if footer.vault_id != owner.vault_id || footer.owner != owner.check {
+            return Err(named.error("it belongs to another disk, machine or vault"));
+        }
+        let segment = &named.segment;
+        if footer.data_blocks.get() != segment.data_blocks
+            || footer.zero_blocks.get() != segment.zero_blocks
+        {
+            return Err(named.error("the manifest is wrong about how many blocks it has"));
+        }
+        Ok(())
+    }
+
+    fn check_pieces(&self, work: &Receiver<Piece>, found: &Sender<String>) {
+        for piece in work {
+            let named = &self.segments[piece.segment];
+            if let Err(error) = self.check_piece(named, &piece) {
+                let _caller_gone = found.send(named.line(&error));
+            }
+        }
+    }
+
+    /// Reads a piece and checks all its frames and blocks; the error is about all of them.
+    fn check_piece(&self, named: &Named, piece: &Piece) -> Result<()> {
+        let stored = piece.read(self.vault.store(), &named.key)?;
+        self.bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
+        let frames = piece.directory.frames.iter().enumerate();
+        let mut bad = frames.filter_map(|(number, frame)| {
+            let raw = match piece.decode(frame, &stored, self.vault.keys()) {
+                Ok(raw) => raw,
+                Err(what) => return Some(what),
+            };
+            let keys = self.vault.keys();
+            piece.differing(number, &raw, keys).map(|block| {
+                let offset = frame.offset.get();
+                format!(
+                    "block {block} of the frame at offset {offset} differs from its fingerprint"
+                )
+            })
+        });
+        let Some(first) = bad.next() else {
+            return Ok(());
+        };
+        match bad.count() {
+            0 => Err(named.error(&first)),
+            more => Err(named.error(&format!("{first}, and {more} frames behind it are bad"))),
+        }
+    }
+}
