@@ -17,6 +17,8 @@ pub mod journal;
 
 pub mod disk;
 
+mod lock;
+
 pub mod control;
 
 pub mod serve;

@@ -7,11 +7,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use nix::sys::statfs;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock_exclusive;
 
 /// Sizes of disks are multiples of this many bytes.
 const SECTOR_BYTES: u64 = 512;
@@ -69,14 +70,13 @@ impl Disk {
         let file = options
             .open(path)
             .map_err(|error| Self::explain_open(path, read_only, error))?;
-        let mut file =
-            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-                Error::new(
-                    ErrorKind::InUse,
-                    format!("Disk {shown} is in use by another tracker: stop that one first"),
-                )
-                .with_source(errno)
-            })?;
+        let mut file = lock_exclusive(file).map_err(|errno| {
+            Error::new(
+                ErrorKind::InUse,
+                format!("Disk {shown} is in use by another tracker: stop that one first"),
+            )
+            .with_source(errno)
+        })?;
         let size_bytes = file
             .seek(SeekFrom::End(0))
             .map_err(|error| Error::io(format!("Cannot find the size of disk {shown}"), error))?;
