@@ -38,6 +38,8 @@ use crate::vault::{Vault, generation};
 
 /// Longest pause before the tracker is looked for again.
 const TRACKER_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// Time that a wanted recovery point survives trouble before those who wait are told.
+const CUT_PATIENCE: Duration = Duration::from_secs(5);
 /// Pause while the spool is over its budget.
 pub(super) const BUDGET_PAUSE: Duration = Duration::from_millis(200);
 
@@ -104,8 +106,8 @@ pub struct Conductor {
     /// Sealed epochs that are not released, in order, and whether they are published.
     pub(super) unreleased: VecDeque<(Epoch, bool)>,
     events: Receiver<Event>,
-    /// Who wants a recovery point that has not been cut.
-    pub(super) cuts: Vec<Reply>,
+    /// Who wants a recovery point that has not been cut, and since when.
+    pub(super) cuts: Vec<(Instant, Reply)>,
     /// Who waits for one that is not published.
     pub(super) waiting: Vec<(Epoch, Reply)>,
     due: Instant,
@@ -151,7 +153,7 @@ pub fn run(
         .map_err(|error| Error::io("Cannot start a thread", error))?;
     let (reply, answered) = crossbeam_channel::bounded(1);
     if options.once {
-        conductor.cuts.push(reply);
+        conductor.cuts.push((Instant::now(), reply));
     }
     ready(&conductor.config);
     let result = conductor.steer(options.once);
@@ -262,7 +264,7 @@ impl Conductor {
         while let Some(event) = next {
             match event {
                 Event::Stop => self.stopping = true,
-                Event::Cut(reply) => self.cuts.push(reply),
+                Event::Cut(reply) => self.cuts.push((Instant::now(), reply)),
                 Event::Upload(Outcome::Published(epoch)) => self.published(epoch),
                 Event::Upload(Outcome::Failed(error)) => return Err(error),
             }
@@ -304,7 +306,13 @@ impl Conductor {
         self.board.note(part, Some(&error));
         self.link = None;
         self.enter(Phase::Connecting);
-        for reply in self.cuts.drain(..) {
+        // A tracker that has just been restarted is found in time.
+        let (late, still): (Vec<_>, Vec<_>) = self
+            .cuts
+            .drain(..)
+            .partition(|(since, _)| since.elapsed() >= CUT_PATIENCE);
+        self.cuts = still;
+        for (_, reply) in late {
             let _left = reply.send(Err(Error::new(error.kind(), error.chain())));
         }
         Ok(())

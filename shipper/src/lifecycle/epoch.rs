@@ -68,7 +68,7 @@ impl Conductor {
         match self.capture(epoch) {
             Ok((manifest, captured)) => {
                 self.waiting
-                    .extend(cuts.into_iter().map(|reply| (epoch, reply)));
+                    .extend(cuts.into_iter().map(|(_, reply)| (epoch, reply)));
                 self.sealed(manifest, captured)
             }
             Err(why) => {
