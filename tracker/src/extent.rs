@@ -21,10 +21,10 @@ impl Epoch {
     /// Before the first epoch.
     pub const ZERO: Self = Self(0);
 
-    /// The epoch after this one.
+    /// The epoch after this one. None follows the greatest number.
     #[must_use]
     pub fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 }
 

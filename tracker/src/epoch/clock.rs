@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::extent::Epoch;
+use crate::journal::format::EPOCH_MAX;
 
 /// Time between two looks at the counts while a cut waits.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
@@ -63,16 +64,15 @@ impl Clock {
         counts[(epoch.0 & 1) as usize].fetch_sub(1, Ordering::Release);
     }
 
-    /// The epoch that would follow the open one if it has to be at least `minimum`.
-    pub fn next(&self, minimum: Epoch) -> Epoch {
+    /// The epoch that would follow the open one if it has to be at least `minimum`. `None` if no
+    /// record could hold its number.
+    pub fn next(&self, minimum: Epoch) -> Option<Epoch> {
         let open = self.open();
         let next = open.next().max(minimum);
         // The parity must change.
-        if next.0 % 2 == open.0 % 2 {
-            next.next()
-        } else {
-            next
-        }
+        let same_parity = next.0 % 2 == open.0 % 2;
+        let next = if same_parity { next.next() } else { next };
+        (next.0 <= EPOCH_MAX).then_some(next)
     }
 
     /// Opens an epoch that [`Self::next`] gave.
@@ -106,16 +106,19 @@ mod tests {
     #[test]
     fn parity_changes_also_where_numbers_are_skipped() {
         let clock = Clock::new(Epoch(4), 1);
-        assert_eq!(clock.next(Epoch(0)), Epoch(5));
-        assert_eq!(clock.next(Epoch(9)), Epoch(9));
-        assert_eq!(clock.next(Epoch(10)), Epoch(11));
+        assert_eq!(clock.next(Epoch(0)), Some(Epoch(5)));
+        assert_eq!(clock.next(Epoch(9)), Some(Epoch(9)));
+        assert_eq!(clock.next(Epoch(10)), Some(Epoch(11)));
+        assert_eq!(clock.next(Epoch(EPOCH_MAX)), Some(Epoch(EPOCH_MAX)));
+        assert_eq!(clock.next(Epoch(EPOCH_MAX + 1)), None);
+        assert_eq!(clock.next(Epoch(u64::MAX)), None);
     }
 
     #[test]
     fn a_cut_waits_for_the_writes_of_its_epoch_alone() {
         let clock = Clock::new(Epoch(1), 2);
         let first = clock.enter(0);
-        clock.advance(clock.next(Epoch::ZERO));
+        clock.advance(clock.next(Epoch::ZERO).unwrap());
         let second = clock.enter(1);
         assert_eq!((first, second), (Epoch(1), Epoch(2)));
         assert!(!clock.drain(first, Duration::from_millis(1)));

@@ -12,9 +12,11 @@
 //! or above their epoch, or into a checkpoint that counts for their epoch. Giving up a closed
 //! epoch, or losing the spool, only moves watermarks down: records of the open set stay in it.
 //!
-//! Order of a cut: the clock moves for all disks at once; the writes of the old epoch complete; the
-//! watermark of each journal is published and synced. A crash before the last one leaves an epoch
-//! that is not closed everywhere, which recovery merges into the open one.
+//! Order of a cut: alarms that will be captured with the old epoch become its own; the clock moves
+//! for all disks at once; the writes of the old epoch complete; the watermark of each journal is
+//! published and synced. A crash before the last one leaves an epoch that is not closed everywhere,
+//! which recovery merges into the open one. What is to be done on all disks is tried on all, also
+//! where it fails on one, so that only a crash leaves them apart.
 //!
 //! What it does not handle: the blocks' content. A closed epoch's blocks that are written again are
 //! not preserved.
@@ -22,6 +24,9 @@
 mod clock;
 
 mod filter;
+
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -176,13 +181,11 @@ impl Machine {
             });
             reports.push(report);
         }
-        let mut states: Vec<EpochState> = disks.iter().map(|disk| disk.journal.state()).collect();
+        let mut states: Vec<EpochState> =
+            disks.iter().map(|disk| disk.journal.watermarks()).collect();
         reconcile(&mut states);
         for (disk, state) in disks.iter().zip(&states) {
-            disk.journal.update(|present| {
-                present.open = state.open;
-                present.closed = state.closed;
-            })?;
+            disk.journal.update(|present| *present = *state)?;
         }
         let open = states.first().map_or(Epoch(1), |state| state.open);
         let clock = Clock::new(open, options.workers);
@@ -231,9 +234,16 @@ impl Machine {
     }
 
     fn update(&self, change: impl Fn(&mut EpochState)) -> Result<()> {
-        self.disks
-            .iter()
-            .try_for_each(|disk| disk.journal.update(&change))
+        self.on_each(|journal| journal.update(&change))
+    }
+
+    /// Does it to every journal, also where it fails for one. Returns the first error.
+    fn on_each(&self, work: impl Fn(&Journal) -> Result<()>) -> Result<()> {
+        let mut result = Ok(());
+        for disk in &self.disks {
+            result = result.and(work(&disk.journal));
+        }
+        result
     }
 
     /// Closes the open epoch on all disks and returns it, once its writes have completed. The next
@@ -242,7 +252,8 @@ impl Machine {
     /// # Errors
     ///
     /// `State`: an epoch is closed already, or writes do not complete in time (the epoch is then
-    /// merged into the next). `Io`: a superblock cannot be synced.
+    /// merged into the next). `Invalid`: no epoch has such a number. `Io`: a superblock cannot be
+    /// synced; the epoch is closed all the same.
     pub fn cut(&self, minimum: Epoch, drain_timeout: Duration) -> Result<Epoch> {
         let _moving = self.begin()?;
         if let Some(closed) = self.closed() {
@@ -252,7 +263,12 @@ impl Machine {
             ));
         }
         let closing = self.clock.open();
-        let next = self.clock.next(minimum);
+        let next = self.clock.next(minimum).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("No epoch after {closing} can have the number {minimum} or a higher one"),
+            )
+        })?;
         let stuck = || {
             Error::new(
                 ErrorKind::State,
@@ -268,6 +284,7 @@ impl Machine {
         }
         for disk in &self.disks {
             disk.filters[(next.0 & 1) as usize].clear()?;
+            disk.journal.gather_alarms(closing);
         }
         self.clock.advance(next);
         if !self.clock.drain(closing, drain_timeout) {
@@ -361,7 +378,14 @@ impl Machine {
                 "Every block of disk {} counts as changed: {reason}",
                 disk.spec.name
             );
-            disk.journal.raise_alarm(self.clock.open());
+            // An epoch that is closed meanwhile may have been captured already.
+            loop {
+                let open = self.clock.open();
+                disk.journal.raise_alarm(open);
+                if self.clock.open() == open {
+                    break;
+                }
+            }
         }
         Ok(())
     }
@@ -372,9 +396,7 @@ impl Machine {
     ///
     /// A checkpoint cannot be written; coverage is kept all the same.
     pub fn maintain(&self) -> Result<()> {
-        self.disks
-            .iter()
-            .try_for_each(|disk| disk.journal.maintain())
+        self.on_each(Journal::maintain)
     }
 
     /// The epochs, disks and journals.
@@ -409,7 +431,7 @@ impl Machine {
             open_dirty_blocks: count(open),
             closed_dirty_blocks: state.closed.map_or(0, count),
             ring_capacity_records: ring.capacity(),
-            ring_used_records: ring.head() - ring.tail(),
+            ring_used_records: ring.used(),
             checkpoint_sets: disk.journal.sets_in_use(),
             records_written: disk.journal.records_written(),
             records_elided: disk.elided.load(Ordering::Relaxed),
@@ -423,6 +445,6 @@ impl Machine {
     ///
     /// A sync fails.
     pub fn close(&self) -> Result<()> {
-        self.disks.iter().try_for_each(|disk| disk.journal.close())
+        self.on_each(Journal::close)
     }
 }

@@ -6,7 +6,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::extent::{BLOCK_SIZE, Epoch};
+use crate::extent::{BLOCK_SIZE, Epoch, blocks_of};
 
 /// First bytes of a superblock.
 pub const MAGIC: [u8; 8] = *b"TMJRNL\r\n";
@@ -17,6 +17,8 @@ pub const MAGIC_WRITING: [u8; 8] = [0xff; 8];
 pub const PAGE_BYTES: usize = 4096;
 /// Offset of the alarm page, behind the two superblocks.
 pub const ALARM_OFFSET: u64 = 2 * PAGE_BYTES as u64;
+/// Words of the alarm, at the beginning of its page: one for even epochs, one for odd ones.
+pub const ALARM_WORDS: usize = 2;
 /// Offset of the intent log.
 pub const INTENT_OFFSET: u64 = 3 * PAGE_BYTES as u64;
 /// Transactions of the intent log.
@@ -174,6 +176,9 @@ impl Superblock {
 
     /// Whether offsets and counts are those that this version lays out.
     pub fn layout_is_consistent(&self) -> bool {
+        if blocks_of(self.disk_size_bytes.get()) > DISK_BLOCKS_MAX {
+            return false;
+        }
         let records = self.ring_records.get();
         let Some(ring_bytes) = records.checked_mul(RECORD_BYTES) else {
             return false;
@@ -188,7 +193,26 @@ impl Superblock {
             && self.region_bytes.get() == REGION_BYTES
             && self.checkpoint_pages.get() == checkpoint_pages_of(self.disk_size_bytes.get())
     }
+
+    /// Whether every counter is so low that it can go on counting, and the epochs of the
+    /// checkpoint sets are in order.
+    pub fn counters_are_consistent(&self) -> bool {
+        let counters = [&self.sequence, &self.ring_tail, &self.openings];
+        let generations = self.sets.iter().map(|set| &set.generation);
+        let in_order = self.sets.iter().all(|set| {
+            let (lowest, highest) = (set.lowest_epoch.get(), set.highest_epoch.get());
+            lowest <= highest && highest <= EPOCH_MAX && (lowest == 0) == (highest == 0)
+        });
+        in_order
+            && counters
+                .into_iter()
+                .chain(generations)
+                .all(|counter| counter.get() <= COUNTER_MAX)
+    }
 }
+
+/// Greatest value of the counters in a superblock. None comes near it by counting.
+pub const COUNTER_MAX: u64 = 1 << 62;
 
 /// What a record tells of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -314,7 +338,7 @@ pub const CHECKPOINT_PAGE_BLOCKS: u64 = ((PAGE_BYTES - CHECKPOINT_HEAD_BYTES) * 
 
 /// Pages that one checkpoint set needs for a disk.
 pub fn checkpoint_pages_of(disk_size_bytes: u64) -> u64 {
-    crate::extent::blocks_of(disk_size_bytes).div_ceil(CHECKPOINT_PAGE_BLOCKS)
+    blocks_of(disk_size_bytes).div_ceil(CHECKPOINT_PAGE_BLOCKS)
 }
 
 /// What a checkpoint page on disk is to a set.
@@ -359,7 +383,7 @@ pub fn seal_checkpoint_page(page: &mut [u8], number: u64, generation: u64) {
     page[..8].copy_from_slice(head.check.as_bytes());
 }
 
-/// The word of the alarm page: an epoch (48 bits) under 16 bits of its own check, or zero.
+/// A word of the alarm: an epoch (48 bits) under 16 bits of its own check, or zero.
 ///
 /// One word, because it is stored by a worker in the middle of a guest's write and must be whole
 /// or absent after SIGKILL.

@@ -11,6 +11,8 @@ mod mapping;
 
 mod ring;
 
+mod alarm;
+
 mod checkpoint;
 
 mod writer;
@@ -20,6 +22,11 @@ mod recovery;
 pub mod reader;
 
 mod verify;
+
+#[cfg(test)]
+mod simulation_tests;
+#[cfg(test)]
+mod tests;
 
 pub use mapping::LazyWords;
 pub use recovery::{Found, JournalOptions, RecoveryReport, open};

@@ -9,21 +9,18 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
 use super::checkpoint::{SetPlace, extents_of_page};
-use super::format::{
-    ALARM_OFFSET, Operation, PageState, RECORD_BYTES, SetDescriptor, Slot, Superblock, decode_alarm,
-};
+use super::format::{Operation, PageState, RECORD_BYTES, SetDescriptor, Slot, Superblock};
 use super::mapping::SharedWords;
-use super::recovery::{map_checked, read_superblock};
+use super::recovery::{map_checked, read_alarm, read_superblock};
 use super::ring::read_slot;
 use super::state::EpochState;
 use super::writer::distrusted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent, blocks_of, coalesce};
 
-/// Attempts to read a superblock or a set of records that changes under the reader.
+/// Attempts to read a set of records that changes under the reader.
 const ATTEMPTS_MAX: usize = 1000;
 
 /// A journal, open for reading.
@@ -51,7 +48,7 @@ impl JournalReader {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path)
             .map_err(|error| Error::io(format!("Cannot open journal {}", path.display()), error))?;
-        let (words, superblock, _) = retry(|| map_checked(path, &file, false, None))?;
+        let (words, superblock, _) = map_checked(path, &file, false, None)?;
         let journal_id = uuid::Uuid::from_bytes(superblock.journal_id)
             .simple()
             .to_string();
@@ -78,25 +75,18 @@ impl JournalReader {
     }
 
     fn superblock(&self) -> Result<Superblock> {
-        retry(|| Ok(read_superblock(&self.path, &self.words, None)?.0))
+        Ok(read_superblock(&self.path, &self.words, None)?.0)
     }
 
-    fn alarm(&self) -> Result<Option<Epoch>> {
-        let word = self.words.words()[ALARM_OFFSET as usize / 8].load(Ordering::Acquire);
-        decode_alarm(word).map_err(|_damaged| {
-            let what = format!("the alarm word at offset {ALARM_OFFSET} is damaged");
-            distrusted(ErrorKind::Corrupt, &self.path, &what)
-        })
-    }
-
-    /// The watermarks at this moment.
+    /// The watermarks at this moment; `resync` includes the alarm.
     ///
     /// # Errors
     ///
     /// The superblocks are damaged.
     pub fn state(&self) -> Result<EpochState> {
         let mut state = EpochState::of(&self.superblock()?);
-        state.resync = state.resync.max(self.alarm()?);
+        let alarms = read_alarm(&self.path, &self.words)?;
+        state.resync = state.resync.max(alarms.into_iter().max());
         Ok(state)
     }
 
@@ -109,11 +99,11 @@ impl JournalReader {
     pub fn dirty(&self, after: Epoch, through: Epoch) -> Result<DirtySet<'_>> {
         for _ in 0..ATTEMPTS_MAX {
             let superblock = self.superblock()?;
-            let alarm = self.alarm()?;
+            let alarms = read_alarm(&self.path, &self.words)?;
             let ring = self.ring_extents(&superblock, after, through)?;
             let within = |epoch: Epoch| after < epoch && epoch <= through;
             let resync = EpochState::of(&superblock).resync;
-            let all = resync.is_some_and(within) || alarm.is_some_and(within);
+            let all = resync.into_iter().chain(alarms).any(within);
             let sets = [0, 1]
                 .map(|index: usize| (superblock.sets[index], SetPlace::of(&superblock, index)));
             let again = self.superblock()?;
@@ -162,8 +152,8 @@ impl JournalReader {
             let Ok(slot) = slot.try_into() else { continue };
             let record = match read_slot(slot) {
                 Slot::Empty | Slot::Writing => continue,
-                Slot::Whole(record) => record,
-                Slot::Damaged => {
+                Slot::Whole(record) if record.sequence % capacity as u64 == index as u64 => record,
+                Slot::Whole(_) | Slot::Damaged => {
                     let offset = superblock.ring_offset.get() + index as u64 * RECORD_BYTES;
                     let what = format!("the record at offset {offset} is damaged");
                     return Err(distrusted(ErrorKind::Corrupt, &self.path, &what));
@@ -182,20 +172,6 @@ impl JournalReader {
         }
         coalesce(&mut extents);
         Ok(extents)
-    }
-}
-
-/// Repeats what fails as corrupt: the tracker may just be rewriting a superblock.
-fn retry<T>(mut read: impl FnMut() -> Result<T>) -> Result<T> {
-    let mut attempt = 0;
-    loop {
-        match read() {
-            Err(error) if error.kind() == ErrorKind::Corrupt && attempt < ATTEMPTS_MAX => {
-                attempt += 1;
-                std::hint::spin_loop();
-            }
-            result => return result,
-        }
     }
 }
 

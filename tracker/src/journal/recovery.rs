@@ -18,14 +18,15 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use uuid::Uuid;
 
+use super::alarm::Alarm;
 use super::checkpoint::SetPlace;
 use super::format::{
     ALARM_OFFSET, DISK_BLOCKS_MAX, INTENT_OFFSET, INTENT_TRANSACTIONS, Operation, PAGE_BYTES,
     RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE, RING_OFFSET, Record, Slot, Superblock,
-    SuperblockFault, checkpoint_pages_of, decode_alarm,
+    SuperblockFault, checkpoint_pages_of,
 };
 use super::mapping::SharedWords;
 use super::ring::read_slot;
@@ -33,6 +34,10 @@ use super::state::EpochState;
 use super::writer::{Journal, distrusted};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{BLOCK_SIZE, Epoch, blocks_of};
+use crate::lock::lock_exclusive;
+
+/// Looks at the superblocks until they stand still.
+const LOOKS_MAX: usize = 1000;
 
 /// What a journal is opened for.
 #[derive(Clone, Debug)]
@@ -154,7 +159,7 @@ fn open_file(path: &Path) -> Result<File> {
 }
 
 fn lock(file: File, path: &Path) -> Result<Flock<File>> {
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+    lock_exclusive(file).map_err(|errno| {
         Error::new(
             ErrorKind::InUse,
             format!("Journal {} is in use by another tracker", path.display()),
@@ -263,20 +268,45 @@ fn write_new(path: &Path, superblock: &Superblock) -> std::io::Result<()> {
     written
 }
 
+/// Copies both superblocks out, so that they belong to one moment: twice, until nothing has changed
+/// in between. A tracker may be at work. Were one copy read, then the other while it is rewritten,
+/// the first might have been replaced by then, and an old state would pass for the present one.
+fn copy_superblocks(words: &SharedWords) -> Option<[Vec<u8>; 2]> {
+    let copy = || {
+        let mut pages = [vec![0; PAGE_BYTES], vec![0; PAGE_BYTES]];
+        for (index, page) in pages.iter_mut().enumerate() {
+            words.copy_out((index * PAGE_BYTES) as u64, page)?;
+        }
+        Some(pages)
+    };
+    let mut before = copy()?;
+    for _ in 0..LOOKS_MAX {
+        let after = copy()?;
+        if before == after {
+            break;
+        }
+        before = after;
+    }
+    Some(before)
+}
+
+/// Both superblocks, or what is wrong with each.
+pub(super) fn decode_superblocks(
+    words: &SharedWords,
+) -> [std::result::Result<Superblock, SuperblockFault>; 2] {
+    copy_superblocks(words).map_or(
+        [Err(SuperblockFault::Damaged), Err(SuperblockFault::Damaged)],
+        |pages| pages.map(|page| Superblock::decode(&page)),
+    )
+}
+
 /// The superblock that counts, and where it stands.
 pub(super) fn read_superblock(
     path: &Path,
     words: &SharedWords,
     boot: Option<[u8; 16]>,
 ) -> Result<(Superblock, usize)> {
-    let mut decoded = Vec::new();
-    for copy in 0..2 {
-        let mut page = vec![0; PAGE_BYTES];
-        let whole = words.copy_out(copy as u64 * PAGE_BYTES as u64, &mut page);
-        decoded.push(whole.map_or(Err(SuperblockFault::Damaged), |()| {
-            Superblock::decode(&page)
-        }));
-    }
+    let decoded = decode_superblocks(words);
     for (copy, result) in decoded.iter().enumerate() {
         if let Err(SuperblockFault::Future(version)) = result {
             return Err(Error::new(
@@ -334,6 +364,10 @@ pub(super) fn map_checked(
         let what = "the superblock lays out areas that this version does not have";
         return Err(distrusted(ErrorKind::Corrupt, path, what));
     }
+    if !superblock.counters_are_consistent() {
+        let what = "a counter of the superblock is out of range";
+        return Err(distrusted(ErrorKind::Corrupt, path, what));
+    }
     if length != superblock.file_bytes() {
         let what = format!(
             "it has {length} bytes where {} are expected",
@@ -360,7 +394,7 @@ pub(super) struct Scan {
 }
 
 /// Reads every slot. Any damaged one is an error: it may have been live.
-pub(super) fn scan(path: &Path, words: &SharedWords, superblock: &Superblock) -> Result<Scan> {
+fn scan(path: &Path, words: &SharedWords, superblock: &Superblock) -> Result<Scan> {
     let tail = superblock.ring_tail.get();
     let capacity = superblock.ring_records.get();
     let first_word = superblock.ring_offset.get() as usize / 8;
@@ -398,6 +432,26 @@ pub(super) fn scan(path: &Path, words: &SharedWords, superblock: &Superblock) ->
     Ok(Scan { records, head })
 }
 
+/// Reads every slot of a journal whose tracker may be at work: once more if it has reused slots
+/// meanwhile.
+pub(super) fn scan_live(path: &Path, words: &SharedWords) -> Result<(Superblock, Scan)> {
+    for _ in 0..LOOKS_MAX {
+        let (superblock, _) = read_superblock(path, words, None)?;
+        let scan = scan(path, words, &superblock);
+        let (again, _) = read_superblock(path, words, None)?;
+        if again.ring_tail.get() == superblock.ring_tail.get() {
+            return Ok((superblock, scan?));
+        }
+    }
+    Err(Error::new(
+        ErrorKind::State,
+        format!(
+            "Journal {} changes faster than it can be read",
+            path.display()
+        ),
+    ))
+}
+
 fn recover(
     path: &Path,
     file: Flock<File>,
@@ -423,13 +477,7 @@ fn recover(
     let mut head = superblock.ring_tail.get();
     if clean || same_boot {
         report.found = if clean { Found::Clean } else { Found::Killed };
-        let alarm = decode_alarm(
-            words.words()[ALARM_OFFSET as usize / 8].load(std::sync::atomic::Ordering::Acquire),
-        )
-        .map_err(|_damaged| {
-            let what = format!("the alarm word at offset {ALARM_OFFSET} is damaged");
-            distrusted(ErrorKind::Corrupt, path, &what)
-        })?;
+        let alarms = read_alarm(path, &words)?;
         let scan = scan(path, &words, &superblock)?;
         head = scan.head;
         report.records = scan.records.len() as u64;
@@ -439,12 +487,16 @@ fn recover(
             expected = record.sequence + 1;
             state.open = state.open.max(record.epoch);
         }
-        state.open = state.open.max(alarm.unwrap_or(Epoch::ZERO));
+        // A cut that was under way had opened an epoch that no superblock tells of.
+        let folded = superblock.sets.map(|set| Epoch(set.highest_epoch.get()));
+        state.open = alarms
+            .into_iter()
+            .chain(folded)
+            .fold(state.open, Epoch::max);
     } else {
         report.found = Found::Rebooted;
         head = distrust_everything(path, &file, &words, &mut superblock, head)?;
-        state.revert();
-        state.resync = Some(state.open);
+        state.distrust();
     }
     report.holes = holes.len() as u64;
     state.store(&mut superblock);
@@ -463,8 +515,19 @@ fn recover(
         };
         journal.fill(null);
     }
+    // Both copies are replaced before the first write, so that no power cut brings back one that
+    // says that the journal was closed cleanly.
+    journal.update(|_| {})?;
     journal.update(|_| {})?;
     Ok((journal, report))
+}
+
+/// The epochs as of which every block counts as changed.
+pub(super) fn read_alarm(path: &Path, words: &SharedWords) -> Result<Vec<Epoch>> {
+    Alarm::of(words).epochs().map_err(|offset| {
+        let what = format!("the alarm word at offset {offset} is damaged");
+        distrusted(ErrorKind::Corrupt, path, &what)
+    })
 }
 
 fn check_disk(path: &Path, superblock: &Superblock, options: &JournalOptions) -> Result<()> {

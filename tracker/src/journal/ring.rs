@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use super::format::{Record, SLOT_WRITING, Slot};
 
 /// Records kept free, so that every worker that passed the check for room at the same moment finds
-/// a slot. Far more than there are workers.
+/// a slot. Twice the number of workers that there can be.
 const MARGIN: u64 = 128;
 
 /// Positions of a ring over the words of its slots.
@@ -62,6 +62,13 @@ impl Ring {
         self.tail.load(Ordering::Acquire)
     }
 
+    /// Slots in use. The tail is read first: it never passes a head that is read later, while a head
+    /// that is read first may be passed by then.
+    pub fn used(&self) -> u64 {
+        let tail = self.tail();
+        self.head() - tail
+    }
+
     /// Frees the slots before `tail`.
     pub fn set_tail(&self, tail: u64) {
         self.tail.store(tail, Ordering::Release);
@@ -69,12 +76,18 @@ impl Ring {
 
     /// Appends a record (its `sequence` is set here). `false`: the ring is full, nothing was done.
     pub fn append(&self, words: &[AtomicU64], mut record: Record) -> bool {
-        if self.head() - self.tail() + MARGIN >= self.capacity {
+        if self.used() + MARGIN >= self.capacity {
             return false;
         }
         record.sequence = self.head.0.fetch_add(1, Ordering::AcqRel);
         self.fill(words, record);
         true
+    }
+
+    /// Claims a slot and leaves it as it is, as a worker does that is killed just then.
+    #[cfg(test)]
+    pub(super) fn claim(&self) {
+        self.head.0.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Writes a record to the slot of its sequence.

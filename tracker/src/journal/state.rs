@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::format::Superblock;
+use super::format::{EPOCH_MAX, Superblock};
 use crate::extent::Epoch;
 
 /// The watermarks of a disk.
@@ -63,16 +63,24 @@ impl EpochState {
         }
     }
 
+    /// The machine went down, and what was recorded may be lost with it: every block counts as
+    /// changed. What is sealed stands, because it was durable before.
+    pub fn distrust(&mut self) {
+        self.closed = None;
+        self.resync = Some(self.open);
+    }
+
     /// The spool is lost.
     pub fn revert(&mut self) {
         self.closed = None;
         self.sealed = self.committed;
     }
 
-    /// Whether the watermarks are in order.
+    /// Whether the watermarks are in order and can go on growing.
     pub fn is_consistent(&self) -> bool {
         self.committed <= self.sealed
             && self.sealed < self.open
+            && self.open.0 <= EPOCH_MAX
             && self
                 .closed
                 .is_none_or(|closed| self.sealed < closed && closed < self.open)
@@ -106,24 +114,45 @@ impl EpochState {
 /// One state for all disks of a machine, made from what each journal holds after a crash that may
 /// have come in the middle of an update of all of them.
 ///
-/// The open epoch is the highest of all. An epoch stays closed only where every disk has closed or
-/// sealed it: a cut or seal that did not reach every disk was not answered, so its requester will
-/// repeat it, or cut anew.
+/// | found | done |
+/// |---|---|
+/// | the open epoch reached some disks | the highest is open on all |
+/// | a cut reached some disks | not answered: the epoch is merged into the open one |
+/// | a seal reached some disks | not answered: the epoch is closed on all, to be sealed again |
+/// | an epoch given up on some disks, or the spool on some | the same on all |
+/// | a commit reached some disks | it stands there, and will be repeated |
+/// | a disk of which all counts as changed in the open epoch | it takes the watermarks of the others |
+///
+/// The last is a disk whose journal is new, or that alone was not stopped cleanly. Its epochs tell
+/// nothing, so they must not hold up the recovery points of the others; no closed epoch was captured
+/// with it, so none stays closed. In all other cases watermarks are only lowered, which merges.
 pub fn reconcile(states: &mut [EpochState]) {
     let Some(open) = states.iter().map(|state| state.open).max() else {
         return;
     };
-    let closed = states.iter().filter_map(|state| state.closed).max();
+    let (suspect, known): (Vec<_>, Vec<_>) = states
+        .iter_mut()
+        .partition(|state| state.resync.is_some_and(|epoch| epoch > state.open_after()));
+    let closed = known.iter().filter_map(|state| state.closed).max();
     let kept = closed.filter(|&epoch| {
-        states
-            .iter()
-            .all(|state| state.closed == Some(epoch) || state.sealed == epoch)
+        suspect.is_empty()
+            && known
+                .iter()
+                .all(|state| state.closed == Some(epoch) || state.sealed == epoch)
     });
-    for state in states {
+    let sealed = known.iter().map(|state| state.sealed).min();
+    let committed = known.iter().map(|state| state.committed).min();
+    for state in known {
         state.open = open;
-        if kept.is_none() {
-            state.closed = None;
-        }
+        state.sealed = sealed.unwrap_or_default().max(state.committed);
+        state.closed = kept.filter(|&epoch| epoch > state.sealed);
+    }
+    for state in suspect {
+        state.open = open;
+        state.closed = None;
+        state.resync = Some(open);
+        state.sealed = sealed.unwrap_or_default().max(state.sealed);
+        state.committed = committed.unwrap_or_default().max(state.committed);
     }
 }
 
@@ -151,9 +180,27 @@ mod tests {
         first.seal(Epoch(1));
         let mut states = [first, second];
         reconcile(&mut states);
-        assert_eq!(states[0].closed, None);
-        assert_eq!(states[0].sealed, Epoch(1));
-        assert_eq!(states[1].closed, Some(Epoch(1)));
+        for state in states {
+            assert_eq!((state.sealed, state.closed), (Epoch::ZERO, Some(Epoch(1))));
+        }
+    }
+
+    #[test]
+    fn a_new_disk_takes_the_watermarks_of_the_others() {
+        let mut old = EpochState::initial();
+        for epoch in 1..5 {
+            old.cut(Epoch(epoch + 1));
+            old.seal(Epoch(epoch));
+        }
+        old.commit(Epoch(3));
+        let mut states = [EpochState::initial(), old];
+        reconcile(&mut states);
+        assert_eq!(states[1], old);
+        let expected = EpochState {
+            resync: Some(Epoch(5)),
+            ..old
+        };
+        assert_eq!(states[0], expected);
     }
 
     #[test]

@@ -7,14 +7,15 @@ use std::sync::atomic::Ordering;
 
 use super::checkpoint::SetPlace;
 use super::format::{
-    ALARM_OFFSET, FLAG_CLEAN, PAGE_BYTES, PageState, RECORD_BYTES, RING_OFFSET, Slot, Superblock,
-    SuperblockFault, decode_alarm,
+    ALARM_OFFSET, ALARM_WORDS, FLAG_CLEAN, PAGE_BYTES, PageState, RECORD_BYTES, RING_OFFSET, Slot,
+    Superblock, SuperblockFault, decode_alarm,
 };
 use super::mapping::SharedWords;
-use super::recovery::{map_checked, scan};
+use super::recovery::{decode_superblocks, map_checked, read_alarm, scan_live};
 use super::ring::read_slot;
 use super::state::EpochState;
 use crate::error::{Error, Result};
+use crate::extent::Epoch;
 
 /// What `verify` found.
 #[derive(Clone, Debug, Default)]
@@ -62,7 +63,7 @@ pub fn verify(path: &Path) -> Result<VerifyReport> {
     let alarm_words = &words.words()[ALARM_OFFSET as usize / 8..RING_OFFSET as usize / 8];
     for (index, word) in alarm_words.iter().enumerate() {
         let word = word.load(Ordering::Acquire);
-        let whole = if index == 0 {
+        let whole = if index < ALARM_WORDS {
             decode_alarm(word).is_ok()
         } else {
             word == 0
@@ -80,13 +81,9 @@ pub fn verify(path: &Path) -> Result<VerifyReport> {
 }
 
 fn verify_superblocks(head: &SharedWords, report: &mut VerifyReport) {
-    for copy in 0..2 {
+    for (copy, decoded) in decode_superblocks(head).into_iter().enumerate() {
         let offset = copy * PAGE_BYTES;
-        let mut page = vec![0; PAGE_BYTES];
-        if head.copy_out(offset as u64, &mut page).is_none() {
-            continue;
-        }
-        match Superblock::decode(&page) {
+        match decoded {
             Ok(_) | Err(SuperblockFault::Torn) => {}
             Err(SuperblockFault::Damaged) => {
                 report
@@ -124,7 +121,7 @@ fn verify_ring(
         }
     }
     if report.problems.len() == before
-        && let Err(error) = scan(path, words, superblock)
+        && let Err(error) = scan_live(path, words)
     {
         report.problems.push(error.to_string());
     }
@@ -158,9 +155,10 @@ fn verify_checkpoints(
 /// It cannot be read or trusted, or `out` cannot be written to.
 pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
     let file = open(path)?;
-    let (words, superblock, copy) = map_checked(path, &file, false, None)?;
-    let scan = scan(path, &words, &superblock)?;
-    match print(out, &superblock, copy, &scan.records) {
+    let (words, _, _) = map_checked(path, &file, false, None)?;
+    let (superblock, scan) = scan_live(path, &words)?;
+    let alarms = read_alarm(path, &words)?;
+    match print(out, &superblock, &alarms, &scan.records) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::io("Cannot print the journal", error))
         }
@@ -171,18 +169,16 @@ pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
 fn print(
     out: &mut dyn Write,
     superblock: &Superblock,
-    copy: usize,
+    alarms: &[Epoch],
     records: &[super::format::Record],
 ) -> std::io::Result<()> {
     let state = EpochState::of(superblock);
     let clean = superblock.flags.get() & FLAG_CLEAN != 0;
-    let shown = |epoch: Option<crate::extent::Epoch>| {
-        epoch.map_or("none".to_owned(), |epoch| epoch.to_string())
-    };
+    let shown = |epoch: Option<Epoch>| epoch.map_or("none".to_owned(), |epoch| epoch.to_string());
     let id = uuid::Uuid::from_bytes(superblock.journal_id).simple();
     writeln!(
         out,
-        "journal {id}, superblock {copy}, sequence {}",
+        "journal {id}, superblock sequence {}",
         superblock.sequence.get()
     )?;
     writeln!(
@@ -199,6 +195,9 @@ fn print(
         state.committed,
         shown(state.resync)
     )?;
+    for epoch in alarms {
+        writeln!(out, "alarm: every block counts as of epoch {epoch}")?;
+    }
     for (index, set) in superblock.sets.iter().enumerate() {
         writeln!(
             out,

@@ -9,14 +9,15 @@
 //!
 //! Crash consistency: after SIGKILL the page cache holds every store up to it, in order. One copy
 //! of the superblock is always whole; a copy in rewriting carries the mark. When the ring is full
-//! the alarm word is stored before the write goes on, so coverage is never lost: every block then
+//! the alarm is raised before the write goes on, so coverage is never lost: every block then
 //! counts as changed.
 //!
-//! What it does not handle: power cuts. The superblock is synced at every cut, seal and commit, the
-//! ring only at a clean close; after a boot without one every block counts as changed.
+//! What it does not handle: power cuts. The superblock is synced each time, the ring only at a clean
+//! close; after a boot without one every block counts as changed. A sync that failed is believed
+//! never again: the kernel calls pages clean that it could not write, and may drop them. Every block
+//! then counts as changed, and the journal is not marked clean any more.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -24,10 +25,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::fcntl::Flock;
 use zerocopy::IntoBytes;
 
+use super::alarm::Alarm;
 use super::checkpoint::{Folding, SetPlace};
 use super::format::{
     ALARM_OFFSET, FLAG_CLEAN, MAGIC, MAGIC_WRITING, Operation, PAGE_BYTES, RECORD_BLOCKS_MAX,
-    Record, Slot, Superblock, decode_alarm, encode_alarm,
+    Record, SetDescriptor, Slot, Superblock,
 };
 use super::mapping::SharedWords;
 use super::ring::Ring;
@@ -39,7 +41,6 @@ use crate::extent::{Epoch, Extent};
 const FOLD_ABOVE_PERCENT: u64 = 70;
 /// Folding goes on down to this share.
 const FOLD_DOWN_TO_PERCENT: u64 = 50;
-const ALARM_WORD: usize = ALARM_OFFSET as usize / 8;
 
 /// The superblock as last published, and which copy holds it.
 struct Published {
@@ -54,9 +55,11 @@ pub struct Journal {
     words: SharedWords,
     ring: Ring,
     published: Mutex<Published>,
-    full: AtomicBool,
+    sync_failed: AtomicBool,
     folds: AtomicU64,
     written: AtomicU64,
+    #[cfg(test)]
+    failing: AtomicBool,
 }
 
 impl Journal {
@@ -82,9 +85,11 @@ impl Journal {
             words,
             ring,
             published: Mutex::new(Published { superblock, copy }),
-            full: AtomicBool::new(false),
+            sync_failed: AtomicBool::new(false),
             folds: AtomicU64::new(0),
             written: AtomicU64::new(0),
+            #[cfg(test)]
+            failing: AtomicBool::new(false),
         }
     }
 
@@ -128,7 +133,6 @@ impl Journal {
             };
             if !self.ring.append(self.words.words(), record) {
                 self.raise_alarm(epoch);
-                self.full.store(true, Ordering::Relaxed);
                 return;
             }
             self.written.fetch_add(1, Ordering::Relaxed);
@@ -136,27 +140,16 @@ impl Journal {
         }
     }
 
-    /// Makes every block count as changed as of this epoch or a later one.
+    /// Makes every block count as changed as of this epoch.
     pub fn raise_alarm(&self, epoch: Epoch) {
-        let word = &self.words.words()[ALARM_WORD];
-        let mut present = word.load(Ordering::Acquire);
-        while decode_alarm(present).is_ok_and(|set| set < Some(epoch)) {
-            match word.compare_exchange(
-                present,
-                encode_alarm(epoch),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            ) {
-                Ok(_) => return,
-                Err(now) => present = now,
-            }
-        }
+        Alarm::of(&self.words).raise(epoch);
     }
 
-    fn alarm(&self) -> Option<Epoch> {
-        decode_alarm(self.words.words()[ALARM_WORD].load(Ordering::Acquire))
-            .ok()
-            .flatten()
+    /// Prepares the end of an epoch: the alarms of those that are captured with it become its own.
+    /// Called before writes are stamped with a next one; no write of the one before it may be in
+    /// flight.
+    pub fn gather_alarms(&self, closing: Epoch) {
+        Alarm::of(&self.words).gather(self.watermarks().sealed, closing);
     }
 
     fn lock(&self) -> MutexGuard<'_, Published> {
@@ -165,10 +158,16 @@ impl Journal {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The watermarks, the alarm included.
+    /// The watermarks as the superblock holds them.
+    pub fn watermarks(&self) -> EpochState {
+        EpochState::of(&self.lock().superblock)
+    }
+
+    /// The watermarks for people: `resync` includes the alarm.
     pub fn state(&self) -> EpochState {
-        let mut state = EpochState::of(&self.lock().superblock);
-        state.resync = state.resync.max(self.alarm());
+        let mut state = self.watermarks();
+        let alarms = Alarm::of(&self.words).epochs().unwrap_or_default();
+        state.resync = state.resync.max(alarms.into_iter().max());
         state
     }
 
@@ -215,7 +214,7 @@ impl Journal {
         }
         self.publish(&mut published, superblock);
         self.ring.set_tail(tail);
-        self.drop_alarm(state.committed);
+        Alarm::of(&self.words).clear(state.committed);
         for set in dropped {
             // Pages of an old generation count for nothing; they only take room.
             if let Err(errno) = SetPlace::of(&superblock, set).punch(&self.file) {
@@ -225,22 +224,40 @@ impl Journal {
                 );
             }
         }
+        self.sync_superblock(&published)
+    }
+
+    /// Makes the copy durable that counts. Each time, also where nobody waits for it: otherwise the
+    /// next update would rewrite the last copy that is.
+    fn sync_superblock(&self, published: &Published) -> Result<()> {
         let offset = published.copy as u64 * PAGE_BYTES as u64;
-        self.words.sync(offset, PAGE_BYTES as u64).map_err(|error| {
-            Error::io(
-                format!("Cannot sync the superblock of {}", self.path.display()),
-                error,
-            )
+        self.sync(&published.superblock, offset, PAGE_BYTES as u64)
+    }
+
+    fn sync(&self, superblock: &Superblock, offset: u64, length_bytes: u64) -> Result<()> {
+        self.sync_words(offset, length_bytes).map_err(|error| {
+            self.sync_failed.store(true, Ordering::Release);
+            let state = EpochState::of(superblock);
+            for epoch in [Some(state.open), state.closed].into_iter().flatten() {
+                self.raise_alarm(epoch);
+            }
+            let path = self.path.display();
+            Error::io(format!("Cannot sync journal {path}"), error)
         })
     }
 
-    fn drop_alarm(&self, committed: Epoch) {
-        let word = &self.words.words()[ALARM_WORD];
-        let present = word.load(Ordering::Acquire);
-        if matches!(decode_alarm(present), Ok(Some(epoch)) if epoch <= committed) {
-            // If a worker raises it to a later epoch meanwhile, it stays.
-            let _raised = word.compare_exchange(present, 0, Ordering::AcqRel, Ordering::Acquire);
+    fn sync_words(&self, offset: u64, length_bytes: u64) -> std::io::Result<()> {
+        #[cfg(test)]
+        if self.failing.load(Ordering::Acquire) {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
         }
+        self.words.sync(offset, length_bytes)
+    }
+
+    /// Makes every sync and every fold fail from now on, or succeed again.
+    #[cfg(test)]
+    pub(crate) fn set_failing(&self, failing: bool) {
+        self.failing.store(failing, Ordering::Release);
     }
 
     /// The first sequence from `tail` on whose record is of a later epoch, or not written yet.
@@ -286,12 +303,11 @@ impl Journal {
     /// coverage.
     pub fn maintain(&self) -> Result<()> {
         let capacity = self.ring.capacity();
-        let used = |journal: &Self| journal.ring.head() - journal.ring.tail();
-        if used(self) * 100 <= capacity * FOLD_ABOVE_PERCENT {
+        if self.ring.used() * 100 <= capacity * FOLD_ABOVE_PERCENT {
             return Ok(());
         }
         let mut published = self.lock();
-        while used(self) * 100 > capacity * FOLD_DOWN_TO_PERCENT {
+        while self.ring.used() * 100 > capacity * FOLD_DOWN_TO_PERCENT {
             if self.fold_some(&mut published)? == 0 {
                 break;
             }
@@ -299,7 +315,9 @@ impl Journal {
         Ok(())
     }
 
-    /// Folds as many records as memory allows; returns their number.
+    /// Folds as many records as memory allows, and none that is later than the first of them:
+    /// epochs that are folded together can only be dropped together, and with a guest that goes on
+    /// writing each would drag the next one along. Returns their number.
     fn fold_some(&self, published: &mut Published) -> Result<u64> {
         let mut superblock = published.superblock;
         let committed = Epoch(superblock.committed.get());
@@ -316,6 +334,9 @@ impl Journal {
                 break;
             }
             if record.operation != Operation::Null && record.epoch > committed {
+                if highest != 0 && record.epoch.0 > highest {
+                    break;
+                }
                 let end = record.first_block + record.block_count;
                 lowest = lowest.min(record.epoch.0);
                 highest = highest.max(record.epoch.0);
@@ -332,15 +353,16 @@ impl Journal {
             let index = choose_set(&superblock, lowest);
             let set = &mut superblock.sets[index];
             let place = SetPlace::of(&published.superblock, index);
-            folding.write(&self.file, place, set).map_err(|error| {
-                Error::io(
-                    format!(
-                        "Cannot write a checkpoint into {}: free some space",
-                        self.path.display()
-                    ),
-                    error,
-                )
-            })?;
+            self.write_checkpoint(&mut folding, place, set)
+                .map_err(|error| {
+                    Error::io(
+                        format!(
+                            "Cannot write a checkpoint into {}: free some space",
+                            self.path.display()
+                        ),
+                        error,
+                    )
+                })?;
             let previous = set.lowest_epoch.get();
             set.lowest_epoch = if previous == 0 {
                 lowest
@@ -353,44 +375,48 @@ impl Journal {
         superblock.ring_tail = tail.into();
         self.publish(published, superblock);
         self.ring.set_tail(tail);
-        self.full.store(false, Ordering::Relaxed);
         self.folds.fetch_add(1, Ordering::Relaxed);
+        self.sync_superblock(published)?;
         Ok(tail - start)
+    }
+
+    fn write_checkpoint(
+        &self,
+        folding: &mut Folding,
+        place: SetPlace,
+        set: &SetDescriptor,
+    ) -> std::io::Result<u64> {
+        #[cfg(test)]
+        if self.failing.load(Ordering::Acquire) {
+            return Err(std::io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        folding.write(&self.file, place, set)
     }
 
     /// Syncs everything and marks the journal clean. Nothing may be recorded any more.
     ///
     /// # Errors
     ///
-    /// A sync fails; the journal then stays unclean.
+    /// This sync or an earlier one failed; the journal then stays unclean.
     pub fn close(&self) -> Result<()> {
         let failed = |error| Error::io(format!("Cannot sync {}", self.path.display()), error);
         let mut published = self.lock();
-        let length = published.superblock.head_bytes();
-        self.words.sync(0, length).map_err(failed)?;
-        self.file.sync_all().map_err(failed)?;
         let mut superblock = published.superblock;
+        self.sync(&superblock, 0, superblock.head_bytes())?;
+        self.file.sync_all().map_err(failed)?;
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::State,
+                format!(
+                    "Journal {} is not marked clean, because a sync of it has failed",
+                    self.path.display()
+                ),
+            ));
+        }
         superblock.flags = FLAG_CLEAN.into();
         self.publish(&mut published, superblock);
-        self.words.sync(0, ALARM_OFFSET).map_err(failed)?;
+        self.sync(&superblock, 0, ALARM_OFFSET)?;
         self.file.sync_all().map_err(failed)
-    }
-
-    /// Whether the ring refused a record since it was last folded.
-    pub fn is_full(&self) -> bool {
-        self.full.load(Ordering::Relaxed)
-    }
-
-    /// A second handle on the file, for tests of what another process would see.
-    ///
-    /// # Errors
-    ///
-    /// The descriptor cannot be duplicated.
-    pub fn try_clone_file(&self) -> Result<OwnedFd> {
-        self.file
-            .try_clone()
-            .map(OwnedFd::from)
-            .map_err(|error| Error::io("Cannot duplicate the journal's descriptor", error))
     }
 }
 

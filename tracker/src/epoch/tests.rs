@@ -1,0 +1,189 @@
+//! Tests of the epochs of a machine: cuts that fail half way, disks that differ, many threads.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::*;
+use crate::extent::BLOCK_SIZE;
+use crate::journal::format::EPOCH_MAX;
+use crate::journal::reader::JournalReader;
+
+const SHORT: Duration = Duration::from_millis(1);
+const BLOCKS: u64 = 40_000;
+
+fn machine(folder: &Path, names: &[&str]) -> Machine {
+    let specs = names.iter().map(|name| DiskSpec {
+        name: (*name).to_owned(),
+        image: folder.join(name),
+        journal: folder.join(format!("{name}.hrl")),
+        size_bytes: BLOCKS * BLOCK_SIZE,
+        identity: [1; 16],
+    });
+    let options = MachineOptions {
+        workers: 4,
+        ring_bytes: 16 << 10,
+        rebuild: false,
+        tracking: true,
+    };
+    Machine::open(specs.collect(), &options).unwrap().0
+}
+
+fn reader(machine: &Machine, disk: usize) -> JournalReader {
+    JournalReader::open(&machine.disks[disk].spec.journal).unwrap()
+}
+
+fn change(machine: &Machine, disk: usize, first_block: u64) -> Epoch {
+    let extent = Extent {
+        first_block,
+        block_count: 1,
+    };
+    let epoch = machine.admit(0, disk, extent, Operation::Write);
+    machine.complete(0, epoch);
+    epoch
+}
+
+fn cut(machine: &Machine) -> Epoch {
+    machine.cut(Epoch::ZERO, SHORT).unwrap()
+}
+
+/// Seals and commits what counts as changed wholly in a new journal.
+fn past_first_epoch(machine: &Machine) {
+    let epoch = cut(machine);
+    machine.seal(epoch).unwrap();
+    machine.commit(epoch).unwrap();
+}
+
+#[test]
+fn an_epoch_that_cannot_be_recorded_is_not_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a"]);
+    for minimum in [u64::MAX, u64::MAX - 1, EPOCH_MAX + 1, EPOCH_MAX] {
+        let error = machine.cut(Epoch(minimum), SHORT).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{minimum:x}");
+    }
+    assert_eq!(cut(&machine), Epoch(1));
+}
+
+#[test]
+fn a_cut_whose_sync_fails_reaches_every_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a", "b", "c"]);
+    past_first_epoch(&machine);
+    let epoch = change(&machine, 2, 5);
+    machine.disks[0].journal.set_failing(true);
+    let error = machine.cut(Epoch::ZERO, SHORT).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+    machine.disks[0].journal.set_failing(false);
+    for disk in &machine.disks {
+        let state = disk.journal.watermarks();
+        assert!(state.is_consistent(), "{state:?}");
+        assert_eq!(state.closed, Some(epoch));
+    }
+    // What of the ring of the first disk was not written may be dropped by the kernel.
+    assert!(reader(&machine, 0).dirty(Epoch(1), epoch).unwrap().all());
+    assert!(!reader(&machine, 2).dirty(Epoch(1), epoch).unwrap().all());
+    machine.seal(epoch).unwrap();
+    machine.commit(epoch).unwrap();
+    assert!(machine.close().is_err());
+    drop(machine);
+    let found = |name: &str| {
+        let path = folder.path().join(format!("{name}.hrl"));
+        crate::journal::verify(&path).unwrap();
+        let superblocks = std::fs::read(&path).unwrap();
+        [0, 1].map(|copy: usize| superblocks[copy * 4096 + 12])
+    };
+    assert_eq!(found("a"), [0, 0]);
+    // The others are closed all the same.
+    assert_ne!(found("b"), [0, 0]);
+    assert_ne!(found("c"), [0, 0]);
+}
+
+#[test]
+fn a_disk_that_cannot_be_folded_does_not_keep_the_others_from_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a", "b"]);
+    machine.disks[0].journal.set_failing(true);
+    for block in 0..380 {
+        change(&machine, 0, block * 2);
+        change(&machine, 1, block * 2);
+    }
+    assert!(machine.maintain().is_err());
+    assert_eq!(machine.disks[0].journal.folds(), 0);
+    assert_ne!(machine.disks[1].journal.folds(), 0);
+}
+
+#[test]
+fn the_alarm_of_an_epoch_that_was_given_up_is_captured_with_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a"]);
+    past_first_epoch(&machine);
+    machine.mark_suspect(0, "a test").unwrap();
+    let given_up = cut(&machine);
+    machine.abandon(given_up).unwrap();
+    let closed = cut(&machine);
+    machine.mark_suspect(0, "a test").unwrap();
+    let dirty = |after, through| {
+        let reader = reader(&machine, 0);
+        reader.dirty(after, through).unwrap().all()
+    };
+    assert!(dirty(Epoch(1), closed));
+    assert!(dirty(closed, closed.next()));
+    machine.seal(closed).unwrap();
+    machine.commit(closed).unwrap();
+    assert!(!dirty(Epoch(1), closed));
+    assert!(dirty(closed, closed.next()));
+}
+
+#[test]
+fn a_disk_that_is_new_to_the_machine_does_not_hold_up_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let before = machine(folder.path(), &["a"]);
+    past_first_epoch(&before);
+    let sealed = cut(&before);
+    before.seal(sealed).unwrap();
+    let closed = cut(&before);
+    drop(before);
+    let after = machine(folder.path(), &["a", "b"]);
+    let status = after.status();
+    // The new disk was not there when the epoch was closed.
+    assert_eq!((status.closed, status.sealed), (None, sealed));
+    assert_eq!(status.open, closed.next());
+    assert_eq!(status.disks[1].resync, Some(status.open));
+    after.commit(sealed).unwrap();
+    assert_eq!(after.status().disks[1].resync, Some(status.open));
+    let closed = cut(&after);
+    assert!(reader(&after, 1).dirty(sealed, closed).unwrap().all());
+    assert!(!reader(&after, 0).dirty(sealed, closed).unwrap().all());
+}
+
+#[test]
+fn a_cut_that_gives_up_waiting_is_made_up_for_by_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a"]);
+    past_first_epoch(&machine);
+    let extent = Extent {
+        first_block: 9,
+        block_count: 1,
+    };
+    let slow = machine.admit(1, 0, extent, Operation::Write);
+    assert_eq!(
+        machine.cut(Epoch::ZERO, SHORT).unwrap_err().kind(),
+        ErrorKind::State
+    );
+    change(&machine, 0, 20);
+    // The write of the epoch before is still in flight, and its filter is still needed.
+    assert_eq!(
+        machine.cut(Epoch::ZERO, SHORT).unwrap_err().kind(),
+        ErrorKind::State
+    );
+    machine.complete(1, slow);
+    let closed = cut(&machine);
+    assert!(closed > slow);
+    let reader = reader(&machine, 0);
+    let dirty = reader.dirty(Epoch(1), closed).unwrap();
+    let blocks: Vec<u64> = dirty.extents().map(|e| e.unwrap().first_block).collect();
+    assert_eq!(blocks, [9, 20]);
+    change(&machine, 0, 9);
+    let dirty = reader.dirty(closed, machine.status().open).unwrap();
+    assert_eq!(dirty.block_count().unwrap(), 1);
+}

@@ -1,0 +1,97 @@
+//! The alarm: every block counts as changed as of an epoch.
+//!
+//! Overview: a worker that finds the ring full raises it in the middle of a guest's write, so it is
+//! one store. It stays until the epoch is committed.
+//!
+//! Why there are two words, for even and for odd epochs: an alarm of the open epoch must not cover
+//! up that of the closed one, which is being captured and has to learn of it. Epochs that follow
+//! each other differ in parity, and while one is closed no further one is opened.
+//!
+//! Why one word is enough for all epochs of a parity: the closed set may hold earlier epochs that
+//! were given up. Their alarms are gathered in the word of the epoch that closes, before a next one
+//! is opened ([`Alarm::gather`]). What is sealed is asked for again only when it is merged into the
+//! open set, where a later alarm stands for all of it.
+//!
+//! Crash consistency: a word is whole or absent after SIGKILL, and carries a check of its own.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::format::{ALARM_OFFSET, ALARM_WORDS, decode_alarm, encode_alarm};
+use super::mapping::SharedWords;
+use crate::extent::Epoch;
+
+/// The alarm words of a mapped journal.
+#[derive(Clone, Copy, Debug)]
+pub struct Alarm<'a> {
+    words: &'a [AtomicU64],
+}
+
+impl<'a> Alarm<'a> {
+    /// The alarm in the mapped head of a journal.
+    pub fn of(head: &'a SharedWords) -> Self {
+        let first = ALARM_OFFSET as usize / 8;
+        let words = head.words().get(first..first + ALARM_WORDS);
+        Self {
+            words: words.unwrap_or_default(),
+        }
+    }
+
+    /// The epochs as of which every block counts as changed.
+    ///
+    /// # Errors
+    ///
+    /// A word is damaged; its offset in the file is returned.
+    pub fn epochs(self) -> Result<Vec<Epoch>, u64> {
+        let mut epochs = Vec::new();
+        for (index, word) in self.words.iter().enumerate() {
+            match decode_alarm(word.load(Ordering::Acquire)) {
+                Ok(epoch) => epochs.extend(epoch),
+                Err(_damaged) => return Err(ALARM_OFFSET + index as u64 * 8),
+            }
+        }
+        Ok(epochs)
+    }
+
+    /// Makes every block count as changed as of this epoch. Wait-free but for other raisers.
+    pub fn raise(self, epoch: Epoch) {
+        let Some(word) = self.words.get((epoch.0 & 1) as usize) else {
+            return;
+        };
+        let mut present = word.load(Ordering::Acquire);
+        // A damaged word stays: nobody takes the journal for whole while it is there.
+        while decode_alarm(present).is_ok_and(|set| set < Some(epoch)) {
+            match word.compare_exchange(
+                present,
+                encode_alarm(epoch),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return,
+                Err(now) => present = now,
+            }
+        }
+    }
+
+    /// Raises the alarm of an epoch that is about to close if one of those that will be captured
+    /// with it, which are the ones after `sealed`, has raised it.
+    pub fn gather(self, sealed: Epoch, closing: Epoch) {
+        for word in self.words {
+            let set = decode_alarm(word.load(Ordering::Acquire)).ok().flatten();
+            if set.is_some_and(|set| sealed < set && set < closing) {
+                self.raise(closing);
+            }
+        }
+    }
+
+    /// Clears what was raised in epochs up to `committed`. What is raised meanwhile for a later one
+    /// stays.
+    pub fn clear(self, committed: Epoch) {
+        for word in self.words {
+            let present = word.load(Ordering::Acquire);
+            if matches!(decode_alarm(present), Ok(Some(epoch)) if epoch <= committed) {
+                let _raised =
+                    word.compare_exchange(present, 0, Ordering::AcqRel, Ordering::Acquire);
+            }
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Tests of single behaviours of a journal as a whole.
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use zerocopy::IntoBytes;
+
+use super::format::{FLAG_CLEAN, Operation, PAGE_BYTES, RECORD_BYTES, RING_OFFSET, Superblock};
+use super::reader::JournalReader;
+use super::state::EpochState;
+use super::{Found, Journal, JournalOptions, open};
+use crate::error::ErrorKind;
+use crate::extent::{BLOCK_SIZE, Epoch, Extent};
+
+/// Blocks of the disk: three checkpoint pages, the last one short.
+const BLOCKS: u64 = 70_001;
+const RING_BYTES: u64 = 16 << 10;
+
+fn options() -> JournalOptions {
+    JournalOptions {
+        disk_identity: [7; 16],
+        disk_size_bytes: BLOCKS * BLOCK_SIZE,
+        ring_bytes: RING_BYTES,
+        rebuild: false,
+    }
+}
+
+fn write(journal: &Journal, epoch: u64, first_block: u64, block_count: u64) {
+    let extent = Extent {
+        first_block,
+        block_count,
+    };
+    journal.record(Epoch(epoch), extent, Operation::Write);
+}
+
+fn read_superblocks(path: &Path) -> [Superblock; 2] {
+    let file = std::fs::File::open(path).unwrap();
+    [0, 1].map(|copy: u64| {
+        let mut page = vec![0; PAGE_BYTES];
+        file.read_exact_at(&mut page, copy * PAGE_BYTES as u64)
+            .unwrap();
+        Superblock::decode(&page).unwrap()
+    })
+}
+
+/// Changes the newest superblock of a journal that nobody has open.
+fn rewrite_superblock(path: &Path, change: impl FnOnce(&mut Superblock)) {
+    let superblocks = read_superblocks(path);
+    let newest = usize::from(superblocks[1].sequence.get() > superblocks[0].sequence.get());
+    let mut superblock = superblocks[newest];
+    change(&mut superblock);
+    superblock.seal();
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    let offset = (newest * PAGE_BYTES) as u64;
+    file.write_all_at(superblock.as_bytes(), offset).unwrap();
+}
+
+fn new_journal(folder: &tempfile::TempDir) -> (PathBuf, Journal) {
+    let path = folder.path().join("disk.hrl");
+    let (journal, report) = open(&path, &options()).unwrap();
+    assert_eq!(report.found, Found::New(None));
+    (path, journal)
+}
+
+/// Commits the first epoch, as of which every block of a new journal counts as changed.
+fn past_first_epoch(journal: &Journal) {
+    journal.update(|state| state.cut(Epoch(2))).unwrap();
+    journal.update(|state| state.commit(Epoch(1))).unwrap();
+    assert_eq!(journal.state().resync, None);
+}
+
+#[test]
+fn an_alarm_of_the_open_epoch_leaves_that_of_the_closed_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    past_first_epoch(&journal);
+    journal.raise_alarm(Epoch(2));
+    journal.update(|state| state.cut(Epoch(3))).unwrap();
+    journal.raise_alarm(Epoch(3));
+    let reader = JournalReader::open(&path).unwrap();
+    assert!(reader.dirty(Epoch(1), Epoch(2)).unwrap().all());
+    assert!(reader.dirty(Epoch(2), Epoch(3)).unwrap().all());
+    journal.update(|state| state.commit(Epoch(2))).unwrap();
+    assert!(!reader.dirty(Epoch(1), Epoch(2)).unwrap().all());
+    assert!(reader.dirty(Epoch(2), Epoch(3)).unwrap().all());
+}
+
+#[test]
+fn no_copy_of_the_superblock_stays_clean_once_the_journal_is_open() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    journal.close().unwrap();
+    drop(journal);
+    assert!(
+        read_superblocks(&path)
+            .iter()
+            .any(|s| s.flags.get() == FLAG_CLEAN)
+    );
+    let (_journal, report) = open(&path, &options()).unwrap();
+    assert_eq!(report.found, Found::Clean);
+    // The newer copy may be torn by a power cut while it is rewritten; the older one counts then.
+    for superblock in read_superblocks(&path) {
+        assert_eq!(superblock.flags.get(), 0);
+    }
+}
+
+#[test]
+fn no_epoch_of_a_checkpoint_is_opened_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    drop(journal);
+    rewrite_superblock(&path, |superblock| {
+        superblock.sets[0].lowest_epoch = 3.into();
+        superblock.sets[0].highest_epoch = 7.into();
+    });
+    let (journal, _) = open(&path, &options()).unwrap();
+    assert!(journal.state().open >= Epoch(7));
+}
+
+#[test]
+fn a_boot_without_a_clean_stop_keeps_what_the_spool_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    journal.update(|state| state.cut(Epoch(2))).unwrap();
+    journal.update(|state| state.seal(Epoch(1))).unwrap();
+    journal.update(|state| state.cut(Epoch(3))).unwrap();
+    drop(journal);
+    rewrite_superblock(&path, |superblock| superblock.boot_id = [1; 16]);
+    let (journal, report) = open(&path, &options()).unwrap();
+    assert_eq!(report.found, Found::Rebooted);
+    let expected = EpochState {
+        open: Epoch(3),
+        closed: None,
+        sealed: Epoch(1),
+        committed: Epoch::ZERO,
+        resync: Some(Epoch(3)),
+    };
+    assert_eq!(journal.state(), expected);
+    // The recovery point that waits in the spool may still be committed.
+    journal.update(|state| state.commit(Epoch(1))).unwrap();
+    assert_eq!(journal.state().resync, Some(Epoch(3)));
+}
+
+#[test]
+fn a_record_in_a_slot_of_another_one_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    write(&journal, 1, 5, 1);
+    write(&journal, 1, 6, 1);
+    drop(journal);
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let mut record = [0; RECORD_BYTES as usize];
+    file.read_exact_at(&mut record, RING_OFFSET + RECORD_BYTES)
+        .unwrap();
+    file.write_all_at(&record, RING_OFFSET + 2 * RECORD_BYTES)
+        .unwrap();
+    let reader = JournalReader::open(&path).unwrap();
+    let error = reader.dirty(Epoch::ZERO, Epoch(1)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    let error = open(&path, &options()).map(|_| ()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn epochs_leave_the_checkpoint_while_the_guest_goes_on_writing() {
+    const EPOCH_BLOCKS: u64 = 700;
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    let reader = JournalReader::open(&path).unwrap();
+    let mut block = 0;
+    for epoch in 1..30 {
+        // Each epoch writes to blocks of its own, more than the ring takes; the one before is
+        // committed in the middle of it.
+        for number in 0..EPOCH_BLOCKS {
+            write(&journal, epoch, block, 1);
+            block += 1;
+            journal.maintain().unwrap();
+            if number == 500 {
+                let before = Epoch(epoch - 1);
+                journal.update(|state| state.commit(before)).unwrap();
+            }
+        }
+        journal.update(|state| state.cut(Epoch(epoch + 1))).unwrap();
+        let dirty = reader.dirty(Epoch(epoch - 1), Epoch(epoch)).unwrap();
+        let reported = dirty.block_count().unwrap();
+        // What was folded together with the epoch before may still be there.
+        assert!(
+            (EPOCH_BLOCKS..=3 * EPOCH_BLOCKS).contains(&reported),
+            "epoch {epoch}: {reported} blocks"
+        );
+        journal.update(|state| state.seal(Epoch(epoch))).unwrap();
+    }
+}
