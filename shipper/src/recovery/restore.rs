@@ -128,9 +128,10 @@ fn find_disk<'a>(manifest: &'a Manifest, name: Option<&str>) -> Result<&'a DiskP
     let (machine, epoch) = (&manifest.machine, manifest.epoch);
     match (name, &manifest.disks[..]) {
         (None, [disk]) => Ok(disk),
-        (None, _) => {
+        (None, disks) => {
             let what = format!(
-                "Recovery point {epoch} of machine {machine} has several disks, name one of them: {}",
+                "Recovery point {epoch} of machine {machine} has {} disks, name one of them: {}",
+                disks.len(),
                 names()
             );
             Err(Error::new(ErrorKind::Invalid, what))

@@ -401,3 +401,88 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file stands for the device: it takes the same calls.
+    fn device(zeroing: Zeroing, bytes: usize) -> (tempfile::TempDir, Target) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("device");
+        std::fs::write(&path, vec![0xee; bytes]).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let kind = Kind::Device { zeroing };
+        (folder, Target { path, file, kind })
+    }
+
+    #[test]
+    fn each_way_of_zeroing_gives_zeroes_and_nothing_else() {
+        const BYTES: usize = 2 << 20;
+        for zeroing in [Zeroing::Punch, Zeroing::ZeroRange, Zeroing::Write] {
+            for range in [
+                4096..8192,
+                8192..1_000_448,
+                512..1024,
+                5..5,
+                0..BYTES as u64,
+            ] {
+                let (folder, mut target) = device(zeroing, BYTES);
+                target.zero(range.clone()).unwrap();
+                let found = std::fs::read(folder.path().join("device")).unwrap();
+                assert_eq!(found.len(), BYTES);
+                for (at, byte) in (0..).zip(found) {
+                    let expected = if range.contains(&at) { 0 } else { 0xee };
+                    assert_eq!(byte, expected, "{zeroing:?} {range:?} byte {at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_given_up_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let target = Target::open(&path, 8192).unwrap();
+        target.write(0, b"half a disk").unwrap();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let second = Target::open(&path, 8192).unwrap_err();
+        assert_eq!(second.kind(), ErrorKind::InUse);
+        drop(target);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_that_appears_meanwhile_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let target = Target::open(&path, 8192).unwrap();
+        std::fs::write(&path, "precious").unwrap();
+        let error = target.finish().unwrap_err();
+        assert!(error.to_string().contains("exists"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_full_file_system_is_told() {
+        let full = |error| {
+            let (_folder, target) = device(Zeroing::Write, 1);
+            target.failed("write", io::Error::from_raw_os_error(error))
+        };
+        let error = full(libc::ENOSPC);
+        assert_eq!(error.kind(), ErrorKind::Full);
+        let line = error.chain();
+        assert!(
+            line.contains("device") && line.contains("No space left on device"),
+            "{line}"
+        );
+        assert_eq!(full(libc::EIO).kind(), ErrorKind::Io);
+    }
+
+    #[test]
+    fn a_bare_name_is_in_the_current_folder() {
+        assert_eq!(folder_of(Path::new("disk")), Path::new("."));
+        assert_eq!(folder_of(Path::new("/disk")), Path::new("/"));
+    }
+}

@@ -1,1 +1,187 @@
-//! The document.
+//! The document of the format: it names every field at its place, and its example is real.
+
+use std::fs;
+use std::path::Path;
+
+use super::fixture::{DISK_HASHES, folder, open};
+use super::site::{Content, MACHINE};
+use crate::vault::keys::hex;
+use crate::vault::layout::manifest_key;
+use tracker::extent::Epoch;
+
+const FORMAT: &str = include_str!("../../segment/format.rs");
+const MANIFEST: &str = include_str!("../../vault/manifest.rs");
+const VAULT: &str = include_str!("../../vault/mod.rs");
+
+fn document() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/vault-format.md");
+    fs::read_to_string(path).unwrap()
+}
+
+/// The part of the document below a heading, up to the next one.
+#[track_caller]
+fn section(heading: &str) -> String {
+    let document = document();
+    let start = document.find(&format!("\n{heading}\n"));
+    let (_, text) = document.split_at(start.unwrap_or_else(|| panic!("no {heading:?}")));
+    let text = &text[heading.len() + 2..];
+    text[..text.find("\n#").unwrap_or(text.len())].to_owned()
+}
+
+/// Names and types of the fields of a struct in a source.
+#[track_caller]
+fn fields<'a>(source: &'a str, name: &str) -> Vec<(&'a str, &'a str)> {
+    let (_, body) = source
+        .split_once(&format!("struct {name} {{\n"))
+        .unwrap_or_else(|| panic!("no struct {name}"));
+    let (body, _) = body.split_once("\n}\n").unwrap();
+    let fields: Vec<_> = body
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.starts_with("//") && !line.starts_with('#'))
+        .map(|line| line.strip_prefix("pub ").unwrap_or(line))
+        .filter_map(|line| line.trim_end_matches(',').split_once(": "))
+        .collect();
+    assert!(fields.len() > 2, "{name}: {fields:?}");
+    fields
+}
+
+fn size_of_type(name: &str) -> usize {
+    match name {
+        "u8" => 1,
+        "U16" => 2,
+        "U32" => 4,
+        "U64" | "[u8; 8]" => 8,
+        "[u8; 16]" | "Check" => 16,
+        other => panic!("a type of unknown size: {other}"),
+    }
+}
+
+/// The rows of tables that must be there, word for word up to the meaning.
+#[track_caller]
+fn assert_rows(heading: &str, rows: &[String]) {
+    let text = section(heading);
+    for row in rows {
+        let is_there = text.lines().any(|line| line.starts_with(row.as_str()));
+        assert!(is_there, "no {row:?} in section {heading:?}");
+    }
+}
+
+#[test]
+fn the_document_names_every_field() {
+    let structures = [
+        ("### Header", FORMAT, "Header"),
+        ("### Footer", FORMAT, "Footer"),
+        ("### Frame table", FORMAT, "FrameEntry"),
+        ("### Extent table", FORMAT, "ExtentEntry"),
+        ("## Manifest", MANIFEST, "Header"),
+    ];
+    for (heading, source, name) in structures {
+        let mut offset = 0;
+        let mut rows = Vec::new();
+        for (field, kind) in fields(source, name) {
+            let size = size_of_type(kind);
+            rows.push(format!("| {offset} | {size} | `{field}` |"));
+            offset += size;
+        }
+        assert_rows(heading, &rows);
+    }
+    let objects = [
+        ("## Manifest", MANIFEST, "Manifest"),
+        ("## Manifest", MANIFEST, "DiskPoint"),
+        ("## Manifest", MANIFEST, "SegmentRef"),
+        ("## vault.json", VAULT, "VaultFile"),
+    ];
+    for (heading, source, name) in objects {
+        let rows: Vec<_> = fields(source, name)
+            .iter()
+            .map(|(field, kind)| {
+                let kind = match *kind {
+                    "u64" | "Epoch" => "number",
+                    "String" | "jiff::Timestamp" | "NameField" | "CheckField" => "string",
+                    list if list.starts_with("Vec<") => "array",
+                    other => panic!("a type of unknown notation: {other}"),
+                };
+                format!("| `{field}` | {kind} |")
+            })
+            .collect();
+        assert_rows(heading, &rows);
+    }
+}
+
+#[test]
+fn the_document_has_the_numbers_of_the_code() {
+    use crate::segment::codec::CodecKind;
+    use crate::segment::format::{FOOTER_BYTES, FRAME_BLOCKS_MAX, HEADER_BYTES, MAGIC, MAGIC_END};
+    use crate::segment::reader::DIRECTORY_BYTES_MAX;
+    let document = document();
+    let spaced = |bytes: &[u8]| {
+        let digits: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        digits.join(" ")
+    };
+    for text in [
+        spaced(&MAGIC),
+        spaced(&MAGIC_END),
+        spaced(&crate::vault::manifest::MAGIC),
+        format!("header      {HEADER_BYTES} bytes"),
+        format!("the last {FOOTER_BYTES} bytes"),
+        format!("blocks in the frame, 1 to {FRAME_BLOCKS_MAX} "),
+        format!("{} MiB at most", DIRECTORY_BYTES_MAX >> 20),
+        format!(
+            "{}: stored as they are; {}: LZ4; {}: Zstandard",
+            CodecKind::None as u8,
+            CodecKind::Lz4 as u8,
+            CodecKind::Zstd as u8
+        ),
+    ] {
+        assert!(document.contains(&text), "no {text:?}");
+    }
+}
+
+/// A file as the document shows it.
+fn dump(path: &Path) -> String {
+    let bytes = fs::read(path).unwrap();
+    let mut text = String::new();
+    for (offset, line) in (0..).step_by(16).zip(bytes.chunks(16)) {
+        let digits: Vec<_> = line.iter().map(|byte| format!("{byte:02x}")).collect();
+        text.push_str(&format!("    {offset:08x}  {}\n", digits.join(" ")));
+    }
+    text + &format!("    {:08x}\n", bytes.len())
+}
+
+#[test]
+fn the_example_is_the_vault_of_version_one() {
+    let document = document();
+    let vault = open();
+    let manifest = vault.manifest(MACHINE, Epoch(1)).unwrap();
+    let segment = &manifest.disks[0].segments[0];
+    let (manifest_key, segment_key) = (
+        manifest_key(MACHINE, Epoch(1)),
+        segment.key(MACHINE, "disk"),
+    );
+    let vault_file = fs::read_to_string(folder().join("vault.json")).unwrap();
+    let indented: Vec<_> = vault_file
+        .lines()
+        .map(|line| format!("    {line}\n"))
+        .collect();
+    let root: Vec<u8> = (0..32).collect();
+    let key = |context| hex(&blake3::derive_key(context, &root));
+    let block = Content::Text(1).block(0);
+    for text in [
+        dump(&folder().join(&manifest_key)),
+        dump(&folder().join(&segment_key)),
+        manifest_key,
+        segment_key,
+        indented.concat(),
+        key("tidemark vault 1 fingerprints of blocks"),
+        key("tidemark vault 1 checks of structures"),
+        hex(&vault.keys().fingerprint(&block).0),
+        DISK_HASHES[0].1.to_owned(),
+        DISK_HASHES[1].1.to_owned(),
+    ] {
+        assert!(document.contains(&text), "the example lacks:\n{text}");
+    }
+    let unbroken: String = section("## Example").lines().map(str::trim).collect();
+    let json = serde_json::to_string(&manifest).unwrap();
+    assert!(unbroken.contains(&json), "{json}");
+}
