@@ -181,6 +181,7 @@ impl Conductor {
             dirty_blocks.fetch_add(extent.block_count, Ordering::Relaxed);
             Ok(extent)
         });
+        let batches = Batches::new(disk.source.pieces(extents));
         let mut roll = Roll {
             conductor: self,
             index,
@@ -188,28 +189,12 @@ impl Conductor {
             folder,
             writer: None,
             made: Vec::new(),
+            over_budget: false,
         };
-        let mut over_budget = false;
-        let result = run(
-            &disk.source,
-            Batches::new(disk.source.pieces(extents)),
-            &settings,
-            |Captured { frame, .. }| {
-                if self.stop.is_told() {
-                    return Err(Stop::error());
-                }
-                let bytes = frame.stored.len() as u64;
-                over_budget |= budget.load(Ordering::Relaxed) < bytes;
-                if over_budget {
-                    return Ok(Flow::Stop);
-                }
-                budget.fetch_sub(bytes, Ordering::Relaxed);
-                roll.append(&frame)?;
-                Ok(Flow::Continue)
-            },
-        );
-        result?;
-        if over_budget {
+        run(&disk.source, batches, &settings, |captured| {
+            roll.take(&captured, budget)
+        })?;
+        if roll.over_budget {
             return Err(GivenUp::NeedsScan(
                 "more has changed than may wait for upload",
             ));
@@ -314,9 +299,24 @@ struct Roll<'a> {
     folder: &'a std::path::Path,
     writer: Option<SegmentWriter>,
     made: Vec<(SegmentRef, Directory)>,
+    over_budget: bool,
 }
 
 impl Roll<'_> {
+    fn take(&mut self, captured: &Captured, budget: &AtomicU64) -> Result<Flow> {
+        if self.conductor.stop.is_told() {
+            return Err(Stop::error());
+        }
+        let bytes = captured.frame.stored.len() as u64;
+        self.over_budget |= budget.load(Ordering::Relaxed) < bytes;
+        if self.over_budget {
+            return Ok(Flow::Stop);
+        }
+        budget.fetch_sub(bytes, Ordering::Relaxed);
+        self.append(&captured.frame)?;
+        Ok(Flow::Continue)
+    }
+
     fn append(&mut self, frame: &crate::segment::frame::EncodedFrame) -> Result<()> {
         if frame.runs.is_empty() {
             return Ok(());

@@ -237,7 +237,11 @@ impl Manifest {
     }
 
     fn validate(&self) -> Result<(), String> {
+        let mut names = std::collections::BTreeSet::new();
         for disk in &self.disks {
+            if !names.insert(&disk.name) {
+                return Err(format!("it holds two disks named {}", disk.name));
+            }
             if disk.block_bytes != BLOCK_SIZE || disk.size_bytes == 0 || disk.size_bytes % 512 != 0
             {
                 return Err(format!("its sizes of disk {} are invalid", disk.name));
