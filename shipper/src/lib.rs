@@ -21,3 +21,7 @@ pub mod segment;
 pub mod vault;
 
 pub mod store;
+
+pub mod keys;
+
+pub mod status;

@@ -7,7 +7,7 @@ use serde::Serialize;
 use shipper::error::{Error, ErrorKind, Result};
 use shipper::lifecycle::config::Config;
 use shipper::lifecycle::protect::Protection;
-use shipper::lifecycle::status::{Health, Phase, Status};
+use shipper::status::{Health, Phase, Status};
 use shipper::vault::manifest::Manifest;
 use tracker::extent::Epoch;
 

@@ -18,11 +18,11 @@ use super::plan::Batch;
 use super::source::{Depth, DiskSource};
 use super::uring::{Job, Read, ReadBuffer};
 use crate::error::{Error, Result};
+use crate::keys::{Fingerprint, Keys};
 use crate::segment::codec::{Codec, Compressor};
 use crate::segment::format::FRAME_BLOCKS_MAX;
 use crate::segment::frame::{EncodedFrame, FrameBuilder};
 use crate::spool::table::Table;
-use crate::vault::keys::{Fingerprint, Keys};
 
 /// Buffers of 128 KiB each: how deep the disk is read, and what all stages hold together.
 const BUFFERS: usize = 64;

@@ -18,8 +18,8 @@ use tracker::extent::Epoch;
 use tracker::nbd::listener::bind_unix;
 
 use super::state::StateFolder;
-use super::status::{Board, Status};
 use crate::error::{Error, ErrorKind, Result};
+use crate::status::{Board, Status};
 
 /// Time that a status may take.
 const STATUS_DEADLINE: Duration = Duration::from_secs(10);

@@ -19,16 +19,17 @@ use tracker::extent::Epoch;
 use tracker::journal::reader::JournalReader;
 
 use super::conductor::{At, Conductor, Trouble};
-use super::status::{Part, Phase};
 use crate::capture::pipeline::{Captured, Flow, Settings, run};
 use crate::capture::plan::Batches;
 use crate::error::{Error, ErrorKind, Result};
 use crate::segment::format::{Directory, SegmentName};
+use crate::segment::reference::SegmentRef;
 use crate::segment::writer::SegmentWriter;
 use crate::spool::files::sync_folder;
 use crate::spool::segment_file;
+use crate::status::{Part, Phase};
 use crate::upload::retry::Stop;
-use crate::vault::manifest::{DiskPoint, Manifest, SegmentRef};
+use crate::vault::manifest::{DiskPoint, Manifest};
 
 /// Why a captured epoch is not sealed.
 enum GivenUp {

@@ -6,8 +6,6 @@ pub mod config;
 
 pub mod state;
 
-pub mod status;
-
 pub mod control;
 
 pub mod protect;

@@ -32,14 +32,15 @@ use tracker::journal::reader::JournalReader;
 
 use super::conductor::{At, Conductor, Link, Trouble};
 use super::state::{DiskScan, ScanState};
-use super::status::Part;
 use crate::error::{Error, ErrorKind, Result};
 use crate::segment::reader::{read_directory, read_directory_file};
+use crate::segment::reference::SegmentRef;
 use crate::spool::segment_file;
 use crate::spool::table::Table;
+use crate::status::Part;
 use crate::upload::Job;
 use crate::vault::layout;
-use crate::vault::manifest::{DiskPoint, Manifest, SegmentRef};
+use crate::vault::manifest::{DiskPoint, Manifest};
 
 /// Cuts that are tried until the open epoch is above everything.
 const CUTS_MAX: u32 = 8;
@@ -122,7 +123,7 @@ impl Conductor {
         if self.local_segment(disk, segment).is_some() {
             return Ok(true);
         }
-        let key = segment.key(&self.config.machine, disk);
+        let key = layout::segment_key(&self.config.machine, disk, segment);
         Ok(self.vault.store().size(&key)? == Some(segment.bytes))
     }
 
@@ -228,7 +229,7 @@ impl Conductor {
         let directory = match self.local_segment(disk, segment) {
             Some(path) => read_directory_file(&path, segment, keys)?,
             None => {
-                let key = segment.key(&self.config.machine, disk);
+                let key = layout::segment_key(&self.config.machine, disk, segment);
                 read_directory(self.vault.store(), &key, segment, keys)?
             }
         };

@@ -12,17 +12,17 @@ use std::time::Duration;
 
 use super::conductor::{At, BUDGET_PAUSE, Conductor, Trouble};
 use super::state::DiskScan;
-use super::status::{Part, Phase};
 use crate::capture::pipeline::{Captured, Flow, Settings, run};
 use crate::capture::plan::Batches;
 use crate::error::{Error, ErrorKind, Result};
 use crate::segment::format::{Directory, SegmentName};
+use crate::segment::reference::SegmentRef;
 use crate::segment::writer::SegmentWriter;
 use crate::spool::files::sync_folder;
 use crate::spool::segment_file;
+use crate::status::{Part, Phase};
 use crate::upload::Job;
 use crate::upload::retry::Stop;
-use crate::vault::manifest::SegmentRef;
 
 /// Blocks after which a segment is finished although it is not full, so that the cursor moves on
 /// where little has to be copied: 1 GiB.

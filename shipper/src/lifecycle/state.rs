@@ -12,9 +12,9 @@ use tracker::extent::Epoch;
 
 use super::config::Config;
 use crate::error::{Error, ErrorKind, Result};
+use crate::segment::reference::SegmentRef;
 use crate::spool::files::{failed, make_folder, read_if_present, remove_if_present, replace};
 use crate::vault::Vault;
-use crate::vault::manifest::SegmentRef;
 
 const VERSION: u32 = 1;
 

@@ -10,10 +10,10 @@ use bytes::Bytes;
 use tracker::extent::BLOCK_SIZE;
 
 use crate::error::Result;
+use crate::keys::Keys;
 use crate::segment::format::{Directory, ExtentEntry, FrameEntry};
 use crate::segment::frame::decode_frame;
 use crate::store::Store;
-use crate::vault::keys::Keys;
 
 /// Blocks of one piece, however well they are compressed: 16 MiB.
 const BLOCKS_MAX: usize = 4096;
@@ -154,7 +154,7 @@ fn next_piece<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vault::keys::Fingerprint;
+    use crate::keys::Fingerprint;
     use proptest::prelude::*;
 
     const LIMITS: Limits = Limits {

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::Result;
 use crate::segment::format::{Directory, FOOTER_BYTES};
 use crate::segment::reader::read_directory;
+use crate::segment::reference::SegmentRef;
 use crate::vault::Vault;
-use crate::vault::manifest::{DiskPoint, SegmentRef};
+use crate::vault::layout::segment_key;
+use crate::vault::manifest::DiskPoint;
 
 /// The segments of one disk at a recovery point, and what has been read of them.
 #[derive(Debug)]
@@ -45,7 +47,7 @@ impl<'a> Segments<'a> {
 
     /// Key of a segment.
     pub fn key(&self, segment: usize) -> String {
-        self.segment(segment).key(self.machine, &self.disk.name)
+        segment_key(self.machine, &self.disk.name, self.segment(segment))
     }
 
     /// Reads a directory.

@@ -21,9 +21,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::segment::format::{Directory, FOOTER_BYTES, Footer, HEADER_BYTES};
 use crate::segment::frame::damaged;
 use crate::segment::reader::{check_header, read_tail};
+use crate::segment::reference::{NameField, SegmentRef};
 use crate::vault::Vault;
+use crate::vault::layout::segment_key;
 use crate::vault::layout::{is_valid_name, manifest_key};
-use crate::vault::manifest::{DiskPoint, Manifest, NameField, SegmentRef};
+use crate::vault::manifest::{DiskPoint, Manifest};
 
 /// All bytes are read, so there are no gaps.
 const LIMITS: Limits = Limits {
@@ -249,7 +251,7 @@ impl Catalog {
         for segment in &disk.segments {
             let position = *positions.entry(segment.name).or_insert_with(|| {
                 self.segments.push(Named {
-                    key: segment.key(&manifest.machine, &disk.name),
+                    key: segment_key(&manifest.machine, &disk.name, segment),
                     disk: disk.name.clone(),
                     segment: segment.clone(),
                     points: Points::default(),

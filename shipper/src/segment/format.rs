@@ -15,7 +15,7 @@ use tracker::extent::{Epoch, Extent};
 use tracker::journal::format::DISK_BLOCKS_MAX;
 
 use super::codec::CodecKind;
-use crate::vault::keys::{Check, Fingerprint, Keys};
+use crate::keys::{Check, Fingerprint, Keys};
 
 /// First bytes of a segment.
 pub const MAGIC: [u8; 8] = *b"TMSEG\r\n\x1a";

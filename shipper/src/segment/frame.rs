@@ -8,7 +8,7 @@ use tracker::extent::{BLOCK_SIZE, Extent};
 use super::codec::{CodecKind, Compressor, decompress};
 use super::format::{Directory, ExtentEntry, FrameEntry};
 use crate::error::{Error, ErrorKind, Result};
-use crate::vault::keys::{Check, Fingerprint, Keys};
+use crate::keys::{Check, Fingerprint, Keys};
 
 /// A run of blocks of one batch, in the order of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,6 +4,8 @@
 
 pub mod format;
 
+pub mod reference;
+
 pub mod codec;
 
 pub mod frame;

@@ -11,9 +11,9 @@ use tracker::extent::BLOCK_SIZE;
 use super::format::{Directory, FOOTER_BYTES, Footer, HEADER_BYTES, Header};
 use super::frame::damaged;
 use crate::error::{Error, Result};
+use crate::keys::Keys;
+use crate::segment::reference::SegmentRef;
 use crate::store::Store;
-use crate::vault::keys::Keys;
-use crate::vault::manifest::SegmentRef;
 
 /// Largest directory that is read, in bytes: several times what a segment of the target size can
 /// have, so that no manifest makes this program ask for more memory than there is.

@@ -17,8 +17,8 @@ use super::format::{
 };
 use super::frame::EncodedFrame;
 use crate::error::{Error, Result};
-use crate::vault::keys::{Check, Keys};
-use crate::vault::manifest::SegmentRef;
+use crate::keys::{Check, Keys};
+use crate::segment::reference::SegmentRef;
 
 /// Whose blocks a segment holds.
 #[derive(Clone, Debug)]
@@ -37,7 +37,7 @@ pub struct SegmentWriter {
     offset: u64,
     frames: Vec<FrameEntry>,
     extents: Vec<ExtentEntry>,
-    fingerprints: Vec<crate::vault::keys::Fingerprint>,
+    fingerprints: Vec<crate::keys::Fingerprint>,
     zero_blocks: u64,
 }
 

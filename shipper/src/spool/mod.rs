@@ -17,9 +17,10 @@ use std::path::{Path, PathBuf};
 use tracker::extent::Epoch;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::vault::keys::Keys;
-use crate::vault::layout::segment_name;
-use crate::vault::manifest::{Manifest, SegmentRef};
+use crate::keys::Keys;
+use crate::segment::reference::SegmentRef;
+use crate::segment::reference::segment_name;
+use crate::vault::manifest::Manifest;
 use files::{failed, make_folder, sync_folder};
 
 const MANIFEST_FILE: &str = "manifest";

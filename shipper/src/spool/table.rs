@@ -31,8 +31,8 @@ use tracker::extent::{Epoch, Extent, blocks_of};
 
 use super::files::failed;
 use crate::error::Result;
+use crate::keys::Fingerprint;
 use crate::segment::format::Directory;
-use crate::vault::keys::Fingerprint;
 
 const MAGIC: [u8; 8] = *b"TMFPT\r\n\x1a";
 const VERSION: u32 = 1;

@@ -25,12 +25,13 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use tracker::extent::Epoch;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::lifecycle::status::{Board, Part};
 use crate::segment::reader::read_directory;
+use crate::segment::reference::SegmentRef;
 use crate::spool::files::{failed, remove_if_present};
 use crate::spool::{Spool, segment_file};
+use crate::status::{Board, Part};
 use crate::store::Created;
-use crate::vault::manifest::{Manifest, SegmentRef};
+use crate::vault::manifest::Manifest;
 use crate::vault::{Vault, generation, layout};
 use retry::{Stop, until_done};
 
@@ -207,7 +208,7 @@ impl Pool {
         if !path.exists() {
             return Ok(());
         }
-        let key = segment.key(&context.machine, disk);
+        let key = layout::segment_key(&context.machine, disk, segment);
         self.put(Put {
             key,
             path,
@@ -237,7 +238,7 @@ fn publish(context: &Context, epoch: Epoch, pool: &mut Pool) -> Result<()> {
             pool.copied(context, &disk.name, segment)?;
             let path = context.spool.segment(epoch, &disk.name, segment);
             if path.exists() {
-                let key = segment.key(&context.machine, &disk.name);
+                let key = layout::segment_key(&context.machine, &disk.name, segment);
                 pool.put(Put {
                     key,
                     path,

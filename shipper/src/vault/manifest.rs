@@ -4,17 +4,14 @@
 //! specification. A manifest lists all segments of each disk, oldest first: a block is what the
 //! last segment says that has it, and zero if none has.
 
-use std::fmt;
-
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use tracker::extent::{BLOCK_SIZE, Epoch};
 
-use super::keys::{Check, Keys, from_hex, hex};
-use super::layout::{parse_segment_name, segment_key, segment_name};
-use crate::segment::format::SegmentName;
+use crate::keys::{Check, Keys};
+use crate::segment::reference::SegmentRef;
 
 /// First bytes of a manifest.
 pub const MAGIC: [u8; 8] = *b"TMMAN\r\n\x1a";
@@ -48,88 +45,6 @@ const HEADER_BYTES: usize = size_of::<Header>();
 const _: () = assert!(HEADER_BYTES == 48);
 const CHECKED_BYTES: usize = std::mem::offset_of!(Header, check);
 const _: () = assert!(CHECKED_BYTES == 32);
-
-/// A segment's name as it stands in a manifest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NameField(pub SegmentName);
-
-impl From<SegmentName> for NameField {
-    fn from(name: SegmentName) -> Self {
-        Self(name)
-    }
-}
-
-impl Serialize for NameField {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&segment_name(&self.0))
-    }
-}
-
-impl<'de> Deserialize<'de> for NameField {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        parse_segment_name(&text)
-            .map(Self)
-            .ok_or_else(|| serde::de::Error::custom("not the name of a segment"))
-    }
-}
-
-/// A check as it stands in a manifest: 32 hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct CheckField(pub Check);
-
-impl From<Check> for CheckField {
-    fn from(check: Check) -> Self {
-        Self(check)
-    }
-}
-
-impl fmt::Debug for CheckField {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&hex(&self.0))
-    }
-}
-
-impl Serialize for CheckField {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&hex(&self.0))
-    }
-}
-
-impl<'de> Deserialize<'de> for CheckField {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        from_hex(&text)
-            .map(Self)
-            .ok_or_else(|| serde::de::Error::custom("not 32 hexadecimal digits"))
-    }
-}
-
-/// A segment as a manifest names it: enough to read its directory by one request, and to tell it
-/// from every other object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SegmentRef {
-    /// Its name.
-    pub name: NameField,
-    /// Size of the object in bytes.
-    pub bytes: u64,
-    /// Size of the directory in bytes.
-    pub directory_bytes: u64,
-    /// The check in its footer.
-    pub check: CheckField,
-    /// Blocks with data.
-    pub data_blocks: u64,
-    /// Blocks that are zero.
-    pub zero_blocks: u64,
-}
-
-impl SegmentRef {
-    /// Key of the object.
-    pub fn key(&self, machine: &str, disk: &str) -> String {
-        segment_key(machine, disk, &self.name.0)
-    }
-}
 
 /// One disk at a recovery point.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -277,6 +192,7 @@ impl Manifest {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::segment::format::SegmentName;
     use proptest::prelude::*;
 
     fn example() -> Manifest {

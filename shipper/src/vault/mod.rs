@@ -2,8 +2,6 @@
 //!
 //! `docs/vault-format.md` is the specification.
 
-pub mod keys;
-
 pub mod layout;
 
 pub mod manifest;
@@ -17,9 +15,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::keys::{Keys, from_hex, hex};
 use crate::segment::writer::Owner;
 use crate::store::{Created, Store, VaultUrl};
-use keys::{Keys, from_hex, hex};
 use layout::VAULT_KEY;
 use manifest::{Manifest, PointId};
 

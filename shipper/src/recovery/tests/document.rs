@@ -5,8 +5,9 @@ use std::path::Path;
 
 use super::fixture::{DISK_HASHES, folder, open};
 use super::site::{Content, MACHINE};
-use crate::vault::keys::hex;
+use crate::keys::hex;
 use crate::vault::layout::manifest_key;
+use crate::vault::layout::segment_key;
 use tracker::extent::Epoch;
 
 const FORMAT: &str = include_str!("../../segment/format.rs");
@@ -157,7 +158,7 @@ fn the_example_is_the_vault_of_version_one() {
     let segment = &manifest.disks[0].segments[0];
     let (manifest_key, segment_key) = (
         manifest_key(MACHINE, Epoch(1)),
-        segment.key(MACHINE, "disk"),
+        segment_key(MACHINE, "disk", segment),
     );
     let vault_file = fs::read_to_string(folder().join("vault.json")).unwrap();
     let indented: Vec<_> = vault_file

@@ -14,11 +14,13 @@ use crate::recovery::verify::{VerifyOptions, VerifyReport, verify};
 use crate::segment::codec::{Codec, Compressor};
 use crate::segment::format::SegmentName;
 use crate::segment::frame::FrameBuilder;
+use crate::segment::reference::SegmentRef;
 use crate::segment::writer::SegmentWriter;
 use crate::store::Created;
 use crate::vault::Vault;
 use crate::vault::layout::manifest_key;
-use crate::vault::manifest::{DiskPoint, Manifest, SegmentRef};
+use crate::vault::layout::segment_key;
+use crate::vault::manifest::{DiskPoint, Manifest};
 
 /// The machine of all tests.
 pub const MACHINE: &str = "machine";
@@ -223,7 +225,9 @@ pub fn put_segment(
     let content = Bytes::from(fs::read(&path).unwrap());
     assert_eq!(content.len() as u64, segment.bytes);
     fs::remove_file(&path).unwrap();
-    let created = vault.store().create(&segment.key(MACHINE, disk), content);
+    let created = vault
+        .store()
+        .create(&segment_key(MACHINE, disk, &segment), content);
     assert_eq!(created.unwrap(), Created::New);
     segment
 }

@@ -6,6 +6,7 @@ use super::site::{Content, MACHINE, Site, blocks, small};
 use crate::error::ErrorKind;
 use crate::recovery::verify::{VerifyOptions, verify};
 use crate::segment::codec::Codec;
+use crate::vault::layout::segment_key;
 
 /// Exactly one problem, with all these words.
 #[track_caller]
@@ -107,7 +108,7 @@ fn manifests_that_contradict_each_other_are_a_problem() {
     other.zero_blocks += 1;
     site.publish(1, 0, &[("disk", 4096, std::slice::from_ref(&segment))]);
     site.publish(2, 1, &[("disk", 4096, &[other])]);
-    let key = segment.key(MACHINE, "disk");
+    let key = segment_key(MACHINE, "disk", &segment);
     assert_problem(
         &site,
         false,
@@ -120,7 +121,10 @@ fn a_segment_of_another_disk_is_a_problem() {
     let site = Site::new();
     let text = vec![(blocks(0, 1), Content::Text(1))];
     let segment = site.segment("disk", 1, 0, Codec::default(), 32, &text);
-    let (from, to) = (segment.key(MACHINE, "disk"), segment.key(MACHINE, "other"));
+    let (from, to) = (
+        segment_key(MACHINE, "disk", &segment),
+        segment_key(MACHINE, "other", &segment),
+    );
     let to_path = site.object(&to);
     fs::create_dir_all(to_path.parent().unwrap()).unwrap();
     fs::copy(site.object(&from), &to_path).unwrap();
