@@ -6,11 +6,11 @@ use std::path::Path;
 use super::fixture::{DISK_HASHES, folder, open};
 use super::site::{Content, MACHINE};
 use crate::keys::hex;
-use crate::vault::layout::manifest_key;
-use crate::vault::layout::segment_key;
+use crate::vault::layout::{manifest_key, segment_key};
 use tracker::extent::Epoch;
 
 const FORMAT: &str = include_str!("../../segment/format.rs");
+const REFERENCE: &str = include_str!("../../segment/reference.rs");
 const MANIFEST: &str = include_str!("../../vault/manifest.rs");
 const VAULT: &str = include_str!("../../vault/mod.rs");
 
@@ -90,7 +90,7 @@ fn the_document_names_every_field() {
     let objects = [
         ("## Manifest", MANIFEST, "Manifest"),
         ("## Manifest", MANIFEST, "DiskPoint"),
-        ("## Manifest", MANIFEST, "SegmentRef"),
+        ("## Manifest", REFERENCE, "SegmentRef"),
         ("## vault.json", VAULT, "VaultFile"),
     ];
     for (heading, source, name) in objects {
