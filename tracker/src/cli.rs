@@ -3,10 +3,17 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use tracker::error::{Error, ErrorKind, Result};
+use tracker::nbd::attach::{AttachOptions, Device};
+use tracker::nbd::listener::Listener;
 use tracker::serve::{DiskArgument, ServeOptions};
+use tracker::systemd::Activated;
+
+/// Longest time on the command line; far below where the kernel's clock ticks overflow.
+const SECONDS_MAX: u64 = 24 * 3600;
 
 /// Serves Linux disks over NBD and remembers what has changed.
 #[derive(Debug, Parser)]
@@ -22,6 +29,16 @@ pub struct Cli {
 pub enum Command {
     /// Serve one or several disks of one machine over NBD
     Serve(ServeArguments),
+    /// Make a served disk a device of this machine, by the kernel's nbd client
+    Attach(AttachArguments),
+    /// Take a device made by attach away
+    Detach {
+        /// The device, such as /dev/nbd0
+        device: PathBuf,
+        /// Even if it is mounted: its users see errors
+        #[arg(long)]
+        force: bool,
+    },
     /// Show what a running tracker does
     Status {
         /// Control socket of the tracker
@@ -51,15 +68,74 @@ pub enum JournalCommand {
     },
 }
 
+/// Arguments of `tracker attach` as they were typed.
+#[derive(Debug, Args)]
+pub struct AttachArguments {
+    /// The device, such as /dev/nbd0
+    device: PathBuf,
+    /// Unix socket of the tracker
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Name of the export [default: the only one]
+    #[arg(
+        long,
+        value_name = "EXPORT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    name: String,
+    /// Time that requests wait for a tracker that went away, before they fail
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_seconds)]
+    dead_conn_timeout: Duration,
+    /// Time after which an unanswered request is sent again; more than the disk ever takes
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_seconds)]
+    timeout: Duration,
+    /// Connections to the tracker
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    connections: u8,
+    /// Logical block size of the device
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "1024", "2048", "4096"])]
+    block_size: String,
+    /// Return when the device is ready, and keep its connections alive in the background
+    #[arg(long)]
+    pub background: bool,
+    /// What the program started with --background gets instead
+    #[arg(long, hide = true, conflicts_with = "background")]
+    pub in_background: bool,
+}
+
+impl AttachArguments {
+    /// Checks what the parser could not.
+    ///
+    /// # Errors
+    ///
+    /// The path names no nbd device.
+    pub fn checked(self) -> Result<AttachOptions> {
+        let block_size = self.block_size.parse().map_err(|error| {
+            Error::new(ErrorKind::Invalid, "The block size is no number").with_source(error)
+        })?;
+        Ok(AttachOptions {
+            device: Device::parse(&self.device)?,
+            // The background has another folder.
+            socket: std::path::absolute(&self.socket).unwrap_or(self.socket),
+            name: self.name,
+            block_size,
+            timeout: self.timeout,
+            dead_connection_timeout: self.dead_conn_timeout,
+            connections: usize::from(self.connections),
+        })
+    }
+}
+
 /// Arguments of `tracker serve` as they were typed.
 #[derive(Debug, Args)]
 pub struct ServeArguments {
     /// Raw image or block device; NAME is the export's name, by default the file's name
     #[arg(long = "disk", value_name = "[NAME=]PATH", required = true)]
     disks: Vec<String>,
-    /// Unix socket to serve NBD on
+    /// Unix socket to serve NBD on; may be left out where systemd hands a socket over
     #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    socket: Option<PathBuf>,
     /// Serve NBD over TCP as well; loopback addresses only
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
@@ -91,8 +167,8 @@ impl ServeArguments {
     ///
     /// # Errors
     ///
-    /// A disk without a name, or two with the same name or path.
-    pub fn checked(self) -> Result<ServeOptions> {
+    /// A disk without a name, two with the same name or path, or no socket.
+    pub fn checked(self, activated: &Activated) -> Result<ServeOptions> {
         let mut disks = Vec::new();
         let mut names = BTreeSet::new();
         let mut paths = BTreeSet::new();
@@ -117,11 +193,10 @@ impl ServeArguments {
             disks.push(disk);
         }
         let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
-        let mut default_control = self.socket.clone().into_os_string();
-        default_control.push(".control");
+        let control = control_path(self.control, self.socket.as_deref(), activated)?;
         Ok(ServeOptions {
             disks,
-            control: self.control.unwrap_or_else(|| default_control.into()),
+            control,
             socket: self.socket,
             listen: self.listen,
             workers: self.workers.map_or(processors.min(4), usize::from),
@@ -132,6 +207,34 @@ impl ServeArguments {
             rebuild: self.resync,
         })
     }
+}
+
+/// The path that was given, or the one beside the first unix socket for NBD.
+fn control_path(
+    given: Option<PathBuf>,
+    socket: Option<&Path>,
+    activated: &Activated,
+) -> Result<PathBuf> {
+    let handed_over = activated.nbd.iter().find_map(Listener::unix_path);
+    if socket.is_none() && activated.nbd.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            "There is no socket to serve NBD on: give one with --socket PATH",
+        ));
+    }
+    let beside = socket.map(Path::to_owned).or(handed_over).map(|path| {
+        let mut path = path.into_os_string();
+        path.push(".control");
+        path.into()
+    });
+    // One that was handed over needs no path.
+    let handed_over = activated.control.as_ref().and_then(Listener::unix_path);
+    given.or(handed_over).or(beside).ok_or_else(|| {
+        Error::new(
+            ErrorKind::Invalid,
+            "There is no path for the control socket: give one with --control PATH",
+        )
+    })
 }
 
 /// `NAME=PATH`, or a path alone; a name has no slash, so that a path may have an equals sign.
@@ -155,6 +258,30 @@ fn parse_disk(argument: &str) -> Result<DiskArgument> {
         name,
         path: PathBuf::from(path),
     })
+}
+
+/// A time of whole seconds with an optional unit s, m or h; the kernel counts no less.
+fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit.trim() {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        other => return Err(format!("unknown unit {other:?}: use s, m or h")),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("{text:?} is not a time"))?;
+    match number.checked_mul(factor) {
+        Some(seconds @ 1..=SECONDS_MAX) => Ok(Duration::from_secs(seconds)),
+        _ => Err(format!(
+            "{text:?} is not between 1 s and {} h",
+            SECONDS_MAX / 3600
+        )),
+    }
 }
 
 /// A size in bytes with an optional unit KiB, MiB or GiB.
@@ -201,6 +328,16 @@ mod tests {
             ("a=b.img", Some("/images/a=b.img"))
         );
         assert!(parse_disk("/").is_err());
+    }
+
+    #[test]
+    fn times_are_whole_seconds() {
+        assert_eq!(parse_seconds("60s"), Ok(Duration::from_secs(60)));
+        assert_eq!(parse_seconds("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_seconds("7"), Ok(Duration::from_secs(7)));
+        for wrong in ["0", "500ms", "s", "25h", "99999999999999999999h", "-1s"] {
+            assert!(parse_seconds(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

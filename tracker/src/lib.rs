@@ -22,3 +22,5 @@ mod lock;
 pub mod control;
 
 pub mod serve;
+
+pub mod systemd;

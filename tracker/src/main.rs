@@ -1,5 +1,6 @@
 //! The tracker program.
 
+mod background;
 mod cli;
 
 use std::io::{IsTerminal, Write};
@@ -10,9 +11,10 @@ use clap::Parser;
 use tracker::control::client::ControlClient;
 use tracker::control::protocol::Status;
 use tracker::error::{Error, ErrorKind, Result};
-use tracker::{journal, serve};
+use tracker::nbd::attach;
+use tracker::{journal, serve, systemd};
 
-use cli::{Cli, Command, JournalCommand};
+use cli::{AttachArguments, Cli, Command, JournalCommand};
 
 fn main() -> ExitCode {
     let arguments = Cli::parse();
@@ -25,9 +27,14 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let result = match arguments.command {
-        Command::Serve(arguments) => arguments
-            .checked()
-            .and_then(|options| serve::serve(&options)),
+        Command::Serve(arguments) => systemd::activated().and_then(|activated| {
+            let options = arguments.checked(&activated)?;
+            serve::serve(&options, activated)
+        }),
+        Command::Attach(arguments) => attach(arguments),
+        Command::Detach { device, force } => {
+            attach::Device::parse(&device).and_then(|device| attach::detach(device, force))
+        }
         Command::Status { control, json } => status(&control, json),
         Command::Journal(JournalCommand::Verify { file }) => verify(&file),
         Command::Journal(JournalCommand::Dump { file }) => {
@@ -51,6 +58,22 @@ fn print(text: &str) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+fn attach(arguments: AttachArguments) -> Result<()> {
+    if arguments.background {
+        // Checked here, where the user's folder is still known.
+        arguments.checked()?;
+        return background::start();
+    }
+    if arguments.in_background {
+        background::settle()?;
+    }
+    let options = arguments.checked()?;
+    attach::attach(&options, |description| {
+        systemd::ready(description);
+        let _closed = print(&format!("Ready: {description}\n"));
+    })
 }
 
 fn status(control: &Path, json: bool) -> Result<()> {

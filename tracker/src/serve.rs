@@ -8,14 +8,12 @@
 //! of this leaves journals that are recovered as after a crash.
 
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal, kill};
-use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::Pid;
 
 use crate::control::server::{self, Context};
@@ -24,7 +22,8 @@ use crate::engine::Engine;
 use crate::epoch::{DiskSpec, Machine, MachineOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::handshake::{Export, negotiate};
-use crate::nbd::listener::{Listener, Stream, bind_tcp, bind_unix};
+use crate::nbd::listener::{Listener, Stream};
+use crate::systemd::{self, Activated};
 
 /// Connections at once, those that still negotiate included.
 const CONNECTIONS_MAX: usize = 256;
@@ -45,8 +44,8 @@ pub struct DiskArgument {
 pub struct ServeOptions {
     /// The disks of the machine.
     pub disks: Vec<DiskArgument>,
-    /// Unix socket for NBD.
-    pub socket: PathBuf,
+    /// Unix socket for NBD; `None` where the service manager listens for us.
+    pub socket: Option<PathBuf>,
     /// TCP address for NBD.
     pub listen: Option<SocketAddr>,
     /// Control socket.
@@ -65,12 +64,12 @@ pub struct ServeOptions {
     pub rebuild: bool,
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT, on the sockets of the options and on those handed over.
 ///
 /// # Errors
 ///
 /// Something cannot be opened or bound, or a worker or journal fails.
-pub fn serve(options: &ServeOptions) -> Result<()> {
+pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
     // Blocked before the first thread starts, so that only this one takes them.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
@@ -89,14 +88,8 @@ pub fn serve(options: &ServeOptions) -> Result<()> {
         negotiating: AtomicUsize::new(0),
     });
 
-    let control = Listener::Unix(bind_unix(&options.control, 0o600)?, options.control.clone());
-    let mut listeners = vec![Listener::Unix(
-        bind_unix(&options.socket, 0o660)?,
-        options.socket.clone(),
-    )];
-    if let Some(address) = options.listen {
-        listeners.push(Listener::Tcp(bind_tcp(address)?));
-    }
+    let (control, listeners) = open_sockets(options, activated)?;
+    let description = describe(options, &control, &listeners);
     let stopping = Arc::new(AtomicBool::new(false));
     let maintenance = start_maintenance(&machine, &house.engine, &stopping)?;
     let control = start_control(control, &machine, &house.engine)?;
@@ -104,11 +97,12 @@ pub fn serve(options: &ServeOptions) -> Result<()> {
     for listener in listeners {
         doors.push(start_door(listener, &house)?);
     }
-    announce(options);
+    announce(&description);
 
     signals
         .wait()
         .map_err(|errno| Error::io("Cannot wait for signals", errno))?;
+    systemd::stopping();
     let failed = house.engine.has_failed();
     for door in doors.into_iter().chain([control]) {
         door.close();
@@ -193,22 +187,39 @@ fn export_of(disk: &Disk) -> Export {
     }
 }
 
-fn announce(options: &ServeOptions) {
+/// The control socket and those for NBD.
+fn open_sockets(options: &ServeOptions, activated: Activated) -> Result<(Listener, Vec<Listener>)> {
+    let control = match activated.control {
+        Some(control) => control,
+        None => Listener::unix(&options.control, 0o600)?,
+    };
+    let mut listeners = activated.nbd;
+    if let Some(path) = &options.socket {
+        listeners.push(Listener::unix(path, 0o660)?);
+    }
+    if let Some(address) = options.listen {
+        listeners.push(Listener::tcp(address)?);
+    }
+    Ok((control, listeners))
+}
+
+fn describe(options: &ServeOptions, control: &Listener, listeners: &[Listener]) -> String {
     let tracking = if options.tracking { "on" } else { "off" };
-    let tcp = options
-        .listen
-        .map_or(String::new(), |address| format!(" and {address}"));
+    let sockets: Vec<String> = listeners.iter().map(Listener::to_string).collect();
     let count = options.disks.len();
     let plural = if count == 1 { "" } else { "s" };
+    format!(
+        "{count} disk{plural} on {}, control {control}, tracking {tracking}",
+        sockets.join(" and "),
+    )
+}
+
+fn announce(description: &str) {
+    systemd::ready(description);
     // Whoever started this may have closed the pipe; serving goes on.
     let _closed = std::io::Write::write_all(
         &mut std::io::stdout(),
-        format!(
-            "Ready: {count} disk{plural} on {}{tcp}, control {}, tracking {tracking}\n",
-            options.socket.display(),
-            options.control.display(),
-        )
-        .as_bytes(),
+        format!("Ready: {description}\n").as_bytes(),
     );
 }
 
@@ -268,8 +279,7 @@ struct Door {
 impl Door {
     /// Makes `accept` fail, waits for the thread, and removes the socket.
     fn close(self) {
-        use std::os::fd::AsFd;
-        let _closed = shutdown(self.listener.as_fd().as_raw_fd(), Shutdown::Both);
+        self.listener.close();
         let _panicked = self.thread.join();
     }
 }
@@ -304,9 +314,12 @@ fn start_control(listener: Listener, machine: &Arc<Machine>, engine: &Arc<Engine
         engine: Arc::clone(engine),
     });
     spawn("control", move || {
-        if let Listener::Unix(listener, _) = &*thread_listener {
-            server::serve(listener, &context);
-        }
+        let accept = || match thread_listener.accept()? {
+            Stream::Unix(stream) => Ok(stream),
+            // Not reached: the control socket is a unix socket by its construction.
+            Stream::Tcp(_) => Err(std::io::ErrorKind::Unsupported.into()),
+        };
+        server::serve(&accept, &context);
     })
     .map(|thread| Door { listener, thread })
 }

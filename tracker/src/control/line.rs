@@ -38,10 +38,15 @@ pub type Handler = Arc<dyn Fn(&str) -> Result<Value> + Send + Sync>;
 /// Accepts and serves peers until the listener is shut down. A peer that comes while
 /// [`PEERS_MAX`] others are there is told so and turned away.
 pub fn serve(listener: &UnixListener, handler: Handler) {
+    serve_each(&|| Ok(listener.accept()?.0), handler);
+}
+
+/// The same with another way to accept, until that fails for good.
+pub fn serve_each(accept: &dyn Fn() -> io::Result<UnixStream>, handler: Handler) {
     let peers = Arc::new(AtomicUsize::new(0));
     loop {
-        let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
+        let stream = match accept() {
+            Ok(stream) => stream,
             Err(error) => match error.raw_os_error() {
                 Some(libc::ECONNABORTED | libc::EINTR) => continue,
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {

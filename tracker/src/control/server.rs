@@ -3,7 +3,8 @@
 //! `line` carries the messages. A lost peer leaves no state behind: epochs are the machine's, and
 //! every request but `cut` may be repeated.
 
-use std::os::unix::net::UnixListener;
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,11 +28,11 @@ pub struct Context {
     pub engine: Arc<Engine>,
 }
 
-/// Accepts and serves peers until the listener is shut down.
-pub fn serve(listener: &UnixListener, context: &Arc<Context>) {
+/// Accepts and serves peers until accepting fails for good.
+pub fn serve(accept: &dyn Fn() -> io::Result<UnixStream>, context: &Arc<Context>) {
     let context = Arc::clone(context);
     let handler = move |line: &str| carry_out(decode_request(line)?, &context);
-    line::serve(listener, Arc::new(handler));
+    line::serve_each(accept, Arc::new(handler));
 }
 
 fn carry_out(request: Request, context: &Context) -> Result<Value> {

@@ -1,17 +1,22 @@
 //! Sockets that clients reach the tracker by: a unix socket, and TCP where asked for.
 //!
 //! A unix socket that a dead tracker left behind is taken over; one that somebody still answers
-//! on is not. Each accepted connection negotiates on a short-lived thread and is then handed to
+//! on is not. A socket may also come from the service manager, and stays its own. Each accepted connection negotiates on a short-lived thread and is then handed to
 //! a worker; connections are capped before a thread is spent on them.
 
+use std::fmt;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{Shutdown, shutdown};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -78,19 +83,108 @@ impl From<Stream> for OwnedFd {
 
 /// A socket that is listened on.
 #[derive(Debug)]
-pub enum Listener {
-    /// A unix socket and its path, which is removed at the end.
-    Unix(UnixListener, PathBuf),
-    /// A TCP port.
+pub struct Listener {
+    socket: Socket,
+    origin: Origin,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixListener),
     Tcp(TcpListener),
 }
 
+/// Whose the socket is, and how an `accept` that waits on it is ended.
+#[derive(Debug)]
+enum Origin {
+    /// Ours: shut down, and its path is removed.
+    Bound(Option<PathBuf>),
+    /// The service manager's, which goes on listening: only we stop to wait.
+    Inherited(EventFd),
+}
+
 impl Listener {
+    /// Listens on a unix socket, as [`bind_unix`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`bind_unix`].
+    pub fn unix(path: &Path, mode: u32) -> Result<Self> {
+        Ok(Self {
+            socket: Socket::Unix(bind_unix(path, mode)?),
+            origin: Origin::Bound(Some(path.to_owned())),
+        })
+    }
+
+    /// Listens on a TCP port, as [`bind_tcp`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`bind_tcp`].
+    pub fn tcp(address: SocketAddr) -> Result<Self> {
+        Ok(Self {
+            socket: Socket::Tcp(bind_tcp(address)?),
+            origin: Origin::Bound(None),
+        })
+    }
+
+    /// A unix socket that the service manager listens on.
+    ///
+    /// # Errors
+    ///
+    /// Descriptors have run out.
+    pub fn inherited_unix(listener: UnixListener) -> Result<Self> {
+        let socket = listener.set_nonblocking(true).map(|()| listener);
+        Self::inherited(socket.map(Socket::Unix))
+    }
+
+    /// A TCP port that the service manager listens on; loopback addresses only, as [`bind_tcp`].
+    ///
+    /// # Errors
+    ///
+    /// The address is not a loopback address, or descriptors have run out.
+    pub fn inherited_tcp(listener: TcpListener) -> Result<Self> {
+        let address = listener
+            .local_addr()
+            .map_err(|error| Error::io("Cannot read the address of a socket", error))?;
+        require_loopback(address)?;
+        let socket = listener.set_nonblocking(true).map(|()| listener);
+        Self::inherited(socket.map(Socket::Tcp))
+    }
+
+    fn inherited(socket: io::Result<Socket>) -> Result<Self> {
+        let unusable = "Cannot wait on a socket of the service manager";
+        Ok(Self {
+            socket: socket.map_err(|error| Error::io(unusable, error))?,
+            origin: Origin::Inherited(
+                EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                    .map_err(|errno| Error::io(unusable, errno))?,
+            ),
+        })
+    }
+
     /// Waits for the next connection.
+    ///
+    /// # Errors
+    ///
+    /// Those of `accept(2)`; after [`Self::close`] one that is none of a single connection.
     pub fn accept(&self) -> io::Result<Stream> {
-        match self {
-            Self::Unix(listener, _) => Ok(Stream::Unix(listener.accept()?.0)),
-            Self::Tcp(listener) => {
+        loop {
+            if let Origin::Inherited(closed) = &self.origin {
+                self.await_arrival(closed)?;
+            }
+            match self.accept_now() {
+                // The peer left between the two.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                accepted => return accepted,
+            }
+        }
+    }
+
+    fn accept_now(&self) -> io::Result<Stream> {
+        match &self.socket {
+            Socket::Unix(listener) => Ok(Stream::Unix(listener.accept()?.0)),
+            Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 // Replies are sent in batches already; waiting for more only adds latency.
                 stream.set_nodelay(true)?;
@@ -98,20 +192,67 @@ impl Listener {
             }
         }
     }
+
+    fn await_arrival(&self, closed: &EventFd) -> io::Result<()> {
+        let mut watched = [
+            PollFd::new(closed.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.as_fd(), PollFlags::POLLIN),
+        ];
+        poll(&mut watched, PollTimeout::NONE)?;
+        if watched[0].any().unwrap_or(false) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok(())
+    }
+
+    /// Ends every `accept`, now and later.
+    pub fn close(&self) {
+        match &self.origin {
+            Origin::Bound(_) => {
+                let _closed = shutdown(self.as_fd().as_raw_fd(), Shutdown::Both);
+            }
+            Origin::Inherited(closed) => {
+                let _full = closed.write(1);
+            }
+        }
+    }
+
+    /// The path of a unix socket.
+    pub fn unix_path(&self) -> Option<PathBuf> {
+        match &self.socket {
+            Socket::Unix(listener) => Some(listener.local_addr().ok()?.as_pathname()?.to_owned()),
+            Socket::Tcp(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.socket {
+            Socket::Unix(_) => match self.unix_path() {
+                Some(path) => write!(formatter, "{}", path.display()),
+                None => formatter.write_str("a unix socket without a path"),
+            },
+            Socket::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => write!(formatter, "{address}"),
+                Err(_) => formatter.write_str("a TCP socket"),
+            },
+        }
+    }
 }
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Unix(listener, _) => listener.as_fd(),
-            Self::Tcp(listener) => listener.as_fd(),
+        match &self.socket {
+            Socket::Unix(listener) => listener.as_fd(),
+            Socket::Tcp(listener) => listener.as_fd(),
         }
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
+        if let Origin::Bound(Some(path)) = &self.origin {
             // A socket that stays behind is taken over at the next start.
             let _left = fs::remove_file(path);
         }
@@ -179,6 +320,12 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener> {
 ///
 /// The address is not a loopback address, or cannot be bound.
 pub fn bind_tcp(address: SocketAddr) -> Result<TcpListener> {
+    require_loopback(address)?;
+    TcpListener::bind(address)
+        .map_err(|error| Error::io(format!("Cannot listen on {address}"), error))
+}
+
+fn require_loopback(address: SocketAddr) -> Result<()> {
     if !address.ip().is_loopback() {
         return Err(Error::new(
             ErrorKind::Unsupported,
@@ -188,6 +335,62 @@ pub fn bind_tcp(address: SocketAddr) -> Result<TcpListener> {
             ),
         ));
     }
-    TcpListener::bind(address)
-        .map_err(|error| Error::io(format!("Cannot listen on {address}"), error))
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A listener as a service manager hands it over, and the manager's own descriptor of it.
+    fn inherited(path: &Path) -> (Listener, UnixListener) {
+        let manager = bind_unix(path, 0o600).unwrap();
+        let ours = manager.try_clone().unwrap();
+        (Listener::inherited_unix(ours).unwrap(), manager)
+    }
+
+    #[test]
+    fn an_inherited_socket_outlives_its_user() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let (listener, manager) = inherited(&path);
+        let _client = UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| listener.accept());
+            listener.close();
+            let error = waiting.join().unwrap().unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        });
+        drop(listener);
+        // The next user of the socket sees who came in between.
+        let _between = UnixStream::connect(&path).unwrap();
+        let next = Listener::inherited_unix(manager).unwrap();
+        assert_eq!(next.unix_path().as_deref(), Some(path.as_path()));
+        next.accept().unwrap();
+    }
+
+    #[test]
+    fn a_bound_socket_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = Listener::unix(&path, 0o600).unwrap();
+        assert_eq!(listener.to_string(), path.display().to_string());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| listener.accept());
+            listener.close();
+            assert!(waiting.join().unwrap().is_err());
+        });
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn without_tls_only_loopback_is_served() {
+        let everywhere = TcpListener::bind("0.0.0.0:0").unwrap();
+        let error = Listener::inherited_tcp(everywhere).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        let here = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(Listener::inherited_tcp(here).is_ok());
+    }
 }
