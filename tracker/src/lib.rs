@@ -7,6 +7,8 @@
 pub mod error;
 pub mod extent;
 
+mod failpoint;
+
 pub mod nbd;
 
 pub mod engine;

@@ -26,9 +26,11 @@ mod clock;
 mod filter;
 
 #[cfg(test)]
+mod simulation_tests;
+#[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -37,6 +39,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent, blocks_of};
+use crate::failpoint::{Place, reached};
+use crate::journal::reader::JournalReader;
 use crate::journal::state::{EpochState, reconcile};
 use crate::journal::{self, Journal, JournalOptions, RecoveryReport};
 use clock::Clock;
@@ -102,7 +106,7 @@ pub struct DiskStatus {
     pub size_bytes: u64,
     /// Every block counts as changed as of this epoch.
     pub resync: Option<Epoch>,
-    /// Blocks recorded in the open epoch since it was opened or the tracker started.
+    /// Blocks recorded in the open epoch; after a restart in all epochs that it has taken over.
     pub open_dirty_blocks: u64,
     /// Blocks recorded in the closed epoch.
     pub closed_dirty_blocks: u64,
@@ -130,6 +134,16 @@ struct TrackedDisk {
 }
 
 impl TrackedDisk {
+    /// Takes over what the journal knows of the open set, as if it had been written since.
+    fn remember(&self, open: Epoch, state: &EpochState) -> Result<()> {
+        let reader = JournalReader::open(&self.spec.journal)?;
+        let filter = &self.filters[(open.0 & 1) as usize];
+        for extent in reader.dirty(state.open_after(), Epoch(u64::MAX))?.extents() {
+            filter.insert(extent?);
+        }
+        Ok(())
+    }
+
     fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) {
         let filter = &self.filters[(epoch.0 & 1) as usize];
         if filter.contains(extent) {
@@ -188,6 +202,9 @@ impl Machine {
             disk.journal.update(|present| *present = *state)?;
         }
         let open = states.first().map_or(Epoch(1), |state| state.open);
+        for (disk, state) in disks.iter().zip(&states) {
+            disk.remember(open, state)?;
+        }
         let clock = Clock::new(open, options.workers);
         Ok((
             Self {
@@ -242,6 +259,7 @@ impl Machine {
         let mut result = Ok(());
         for disk in &self.disks {
             result = result.and(work(&disk.journal));
+            reached(Place::MachineAfterDiskBeforeNext);
         }
         result
     }
@@ -286,7 +304,9 @@ impl Machine {
             disk.filters[(next.0 & 1) as usize].clear()?;
             disk.journal.gather_alarms(closing);
         }
+        reached(Place::CutAfterGatherBeforeAdvance);
         self.clock.advance(next);
+        reached(Place::CutAfterAdvanceBeforeUpdate);
         if !self.clock.drain(closing, drain_timeout) {
             return Err(stuck());
         }
@@ -437,6 +457,11 @@ impl Machine {
             records_elided: disk.elided.load(Ordering::Relaxed),
             folds: disk.journal.folds(),
         }
+    }
+
+    /// Path of the journal of a disk; `None` where nothing is tracked.
+    pub fn journal_path(&self, disk: usize) -> Option<&Path> {
+        Some(&self.disks.get(disk)?.spec.journal)
     }
 
     /// Syncs all journals and marks them clean. No write may be admitted any more.

@@ -28,6 +28,7 @@ use super::format::{
     Superblock, judge_checkpoint_page, seal_checkpoint_page,
 };
 use crate::extent::Extent;
+use crate::failpoint::{Place, reached};
 
 /// Pages of bits that a fold collects before it writes them: 16 MiB.
 const PAGES_IN_MEMORY_MAX: usize = 4096;
@@ -192,6 +193,7 @@ impl Folding {
             seal_checkpoint_page(&mut bytes, page, generation);
             file.write_all_at(&bytes, place.page_offset(page))?;
             written += 1;
+            reached(Place::FoldAfterPageBeforeNext);
         }
         Ok(written)
     }

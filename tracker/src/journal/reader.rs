@@ -19,6 +19,7 @@ use super::state::EpochState;
 use super::writer::distrusted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent, blocks_of, coalesce};
+use crate::failpoint::{Place, reached};
 
 /// Attempts to read a set of records that changes under the reader.
 const ATTEMPTS_MAX: usize = 1000;
@@ -100,6 +101,7 @@ impl JournalReader {
         for _ in 0..ATTEMPTS_MAX {
             let superblock = self.superblock()?;
             let alarms = read_alarm(&self.path, &self.words)?;
+            reached(Place::ReadAfterSuperblockBeforeRing);
             let ring = self.ring_extents(&superblock, after, through)?;
             let within = |epoch: Epoch| after < epoch && epoch <= through;
             let resync = EpochState::of(&superblock).resync;

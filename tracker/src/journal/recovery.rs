@@ -34,6 +34,7 @@ use super::state::EpochState;
 use super::writer::{Journal, distrusted};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{BLOCK_SIZE, Epoch, blocks_of};
+use crate::failpoint::{Place, reached};
 use crate::lock::lock_exclusive;
 
 /// Looks at the superblocks until they stand still.
@@ -515,9 +516,11 @@ fn recover(
         };
         journal.fill(null);
     }
+    reached(Place::RecoverAfterHolesBeforePublish);
     // Both copies are replaced before the first write, so that no power cut brings back one that
     // says that the journal was closed cleanly.
     journal.update(|_| {})?;
+    reached(Place::RecoverAfterFirstPublishBeforeSecond);
     journal.update(|_| {})?;
     Ok((journal, report))
 }
@@ -559,6 +562,7 @@ fn distrust_everything(
     for word in &words.words()[ALARM_OFFSET as usize / 8..head_words] {
         word.store(0, Ordering::Relaxed);
     }
+    reached(Place::DistrustAfterRingBeforeCheckpoint);
     for index in 0..2 {
         let generation = superblock.sets[index].generation.get();
         superblock.sets[index].generation = (generation + 1).into();
@@ -573,5 +577,6 @@ fn distrust_everything(
                 )
             })?;
     }
+    reached(Place::DistrustAfterCheckpointBeforePublish);
     Ok(tail)
 }

@@ -17,6 +17,7 @@
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::format::{Record, SLOT_WRITING, Slot};
+use crate::failpoint::{Place, reached};
 
 /// Records kept free, so that every worker that passed the check for room at the same moment finds
 /// a slot. Twice the number of workers that there can be.
@@ -80,6 +81,7 @@ impl Ring {
             return false;
         }
         record.sequence = self.head.0.fetch_add(1, Ordering::AcqRel);
+        reached(Place::RecordAfterClaimBeforeFill);
         self.fill(words, record);
         true
     }
@@ -98,9 +100,11 @@ impl Ring {
         let [sequence, second, third, check] = record.encode();
         slot[0].store(SLOT_WRITING, Ordering::Relaxed);
         fence(Ordering::Release);
+        reached(Place::FillAfterMarkBeforeWords);
         slot[1].store(second, Ordering::Relaxed);
         slot[2].store(third, Ordering::Relaxed);
         slot[3].store(check, Ordering::Relaxed);
+        reached(Place::FillAfterWordsBeforeSequence);
         slot[0].store(sequence, Ordering::Release);
     }
 

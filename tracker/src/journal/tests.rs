@@ -11,6 +11,7 @@ use super::state::EpochState;
 use super::{Found, Journal, JournalOptions, open};
 use crate::error::ErrorKind;
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
+use crate::failpoint::{Place, watching};
 
 /// Blocks of the disk: three checkpoint pages, the last one short.
 const BLOCKS: u64 = 70_001;
@@ -193,5 +194,120 @@ fn epochs_leave_the_checkpoint_while_the_guest_goes_on_writing() {
             "epoch {epoch}: {reported} blocks"
         );
         journal.update(|state| state.seal(Epoch(epoch))).unwrap();
+    }
+}
+
+#[test]
+fn a_hole_that_a_killed_worker_left_is_filled_and_passed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    write(&journal, 1, 1, 1);
+    journal.ring().claim();
+    write(&journal, 1, 2, 1);
+    journal.update(|state| state.cut(Epoch(2))).unwrap();
+    journal.update(|state| state.commit(Epoch(1))).unwrap();
+    // A worker that lives may still fill it.
+    assert_eq!(journal.ring().used(), 2);
+    drop(journal);
+    let (journal, report) = open(&path, &options()).unwrap();
+    assert_eq!((report.found, report.holes), (Found::Killed, 1));
+    assert_eq!(journal.ring().used(), 0);
+}
+
+/// The blocks that are reported one by one.
+fn reported(path: &Path, after: u64, through: u64) -> Vec<u64> {
+    let reader = JournalReader::open(path).unwrap();
+    let dirty = reader.dirty(Epoch(after), Epoch(through)).unwrap();
+    let extents = dirty.extents().map(Result::unwrap);
+    extents
+        .flat_map(|extent| extent.first_block..extent.end_block())
+        .collect()
+}
+
+#[test]
+fn a_reader_that_the_tracker_overtakes_looks_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    past_first_epoch(&journal);
+    for block in 0..100 {
+        write(&journal, 2, block * 2, 1);
+    }
+    journal.update(|state| state.cut(Epoch(3))).unwrap();
+    let expected = reported(&path, 1, 2);
+    assert_eq!(expected.len(), 100);
+    let mut fresh = true;
+    let overtake = move |place| {
+        // The tracker folds these records and uses their slots again, while the reader sleeps.
+        for number in 0..1000 {
+            if place == Place::ReadAfterSuperblockBeforeRing && fresh {
+                write(&journal, 3, 1000 + number, 1);
+                journal.maintain().unwrap();
+            }
+        }
+        assert!(journal.ring().tail() > 512);
+        fresh = false;
+    };
+    assert_eq!(watching(overtake, || reported(&path, 1, 2)), expected);
+}
+
+#[test]
+fn slots_are_reused_only_after_what_they_held_is_published() {
+    const RECORDS: u64 = 2048;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.hrl");
+    let options = JournalOptions {
+        ring_bytes: RECORDS * RECORD_BYTES,
+        ..options()
+    };
+    let (journal, _) = open(&path, &options).unwrap();
+    let kept = folder.path().join("kept.hrl");
+    let (journal, from, to) = (std::rc::Rc::new(journal), path.clone(), kept.clone());
+    for block in 0..RECORDS * 3 / 4 {
+        write(&journal, 1, block * 2, 1);
+    }
+    let (other, mut next, mut killed) = (std::rc::Rc::clone(&journal), RECORDS * 3 / 4, false);
+    let fill_and_kill = move |place| {
+        if place == Place::FoldAfterPagesBeforePublish && !killed {
+            killed = true;
+            let mut before = 0;
+            while other.records_written() > before {
+                before = other.records_written();
+                write(&other, 1, next * 2, 1);
+                next += 1;
+            }
+            std::fs::copy(&from, &to).unwrap();
+        }
+    };
+    watching(fill_and_kill, || journal.maintain().unwrap());
+    let recorded = journal.records_written();
+    let _reopened = open(&kept, &options).unwrap();
+    let blocks: Vec<u64> = (0..recorded).map(|number| number * 2).collect();
+    assert_eq!(reported(&kept, 0, 1), blocks);
+}
+
+#[test]
+fn a_power_cut_in_the_middle_of_distrust_is_distrusted_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    past_first_epoch(&journal);
+    write(&journal, 2, 77, 1);
+    drop(journal);
+    rewrite_superblock(&path, |superblock| superblock.boot_id = [1; 16]);
+    let (from, to) = (path.clone(), folder.path().to_owned());
+    let keep = move |place| {
+        std::fs::copy(&from, to.join(format!("{place:?}.hrl"))).unwrap();
+    };
+    let (journal, report) = watching(keep, || open(&path, &options()).unwrap());
+    assert_eq!(report.found, Found::Rebooted);
+    drop(journal);
+    for place in [
+        Place::DistrustAfterRingBeforeCheckpoint,
+        Place::DistrustAfterCheckpointBeforePublish,
+        Place::PublishAmidWords,
+        Place::RecoverAfterFirstPublishBeforeSecond,
+    ] {
+        let path = folder.path().join(format!("{place:?}.hrl"));
+        let (journal, _) = open(&path, &options()).unwrap();
+        assert_eq!(journal.state().resync, Some(Epoch(2)), "{place:?}");
     }
 }

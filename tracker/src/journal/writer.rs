@@ -36,11 +36,15 @@ use super::ring::Ring;
 use super::state::EpochState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent};
+use crate::failpoint::{Place, reached};
 
 /// Past this share of the ring, in percent, the oldest records are folded.
 const FOLD_ABOVE_PERCENT: u64 = 70;
 /// Folding goes on down to this share.
 const FOLD_DOWN_TO_PERCENT: u64 = 50;
+
+/// A word of the superblock that stands between those that change.
+const SUPERBLOCK_MIDDLE_WORD: usize = std::mem::offset_of!(Superblock, resync) / 8;
 
 /// The superblock as last published, and which copy holds it.
 struct Published {
@@ -132,6 +136,7 @@ impl Journal {
                 block_count,
             };
             if !self.ring.append(self.words.words(), record) {
+                reached(Place::RecordAfterRefusalBeforeAlarm);
                 self.raise_alarm(epoch);
                 return;
             }
@@ -214,7 +219,9 @@ impl Journal {
         }
         self.publish(&mut published, superblock);
         self.ring.set_tail(tail);
+        reached(Place::UpdateAfterPublishBeforeAlarm);
         Alarm::of(&self.words).clear(state.committed);
+        reached(Place::UpdateAfterAlarmBeforePunch);
         for set in dropped {
             // Pages of an old generation count for nothing; they only take room.
             if let Err(errno) = SetPlace::of(&superblock, set).punch(&self.file) {
@@ -224,6 +231,7 @@ impl Journal {
                 );
             }
         }
+        reached(Place::UpdateAfterPunchBeforeSync);
         self.sync_superblock(&published)
     }
 
@@ -286,10 +294,15 @@ impl Journal {
         let load = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap_or_default());
         words[first].store(u64::from_le_bytes(MAGIC_WRITING), Ordering::Relaxed);
         fence(Ordering::SeqCst);
+        reached(Place::PublishAfterMarkBeforeWords);
         for (index, chunk) in superblock.as_bytes().chunks_exact(8).enumerate().skip(1) {
             words[first + index].store(load(chunk), Ordering::Relaxed);
+            if index == SUPERBLOCK_MIDDLE_WORD {
+                reached(Place::PublishAmidWords);
+            }
         }
         fence(Ordering::SeqCst);
+        reached(Place::PublishAfterWordsBeforeMagic);
         words[first].store(u64::from_le_bytes(MAGIC), Ordering::Release);
         published.superblock = superblock;
         published.copy = copy;
@@ -373,7 +386,9 @@ impl Journal {
             set.highest_epoch = set.highest_epoch.get().max(highest).into();
         }
         superblock.ring_tail = tail.into();
+        reached(Place::FoldAfterPagesBeforePublish);
         self.publish(published, superblock);
+        reached(Place::FoldAfterPublishBeforeTail);
         self.ring.set_tail(tail);
         self.folds.fetch_add(1, Ordering::Relaxed);
         self.sync_superblock(published)?;
@@ -414,6 +429,7 @@ impl Journal {
             ));
         }
         superblock.flags = FLAG_CLEAN.into();
+        reached(Place::CloseAfterSyncBeforePublish);
         self.publish(&mut published, superblock);
         self.sync(&superblock, 0, ALARM_OFFSET)?;
         self.file.sync_all().map_err(failed)

@@ -1,0 +1,397 @@
+//! Random lives of a machine of several disks, killed at any moment, and many threads at once.
+//!
+//! What a shipper relies on is checked: for the closed epoch, and for all that follows the sealed
+//! one, every disk reports each block whose change was stamped with it.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::extent::BLOCK_SIZE;
+use crate::failpoint::watching;
+use crate::journal::format::EPOCH_MAX;
+use crate::journal::reader::JournalReader;
+
+const BLOCKS: u64 = 33_000;
+const DISKS: usize = 3;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
+
+fn journal_path(folder: &Path, disk: usize) -> PathBuf {
+    folder.join(format!("{disk}.hrl"))
+}
+
+fn open(folder: &Path, ring_bytes: u64) -> Machine {
+    let specs = (0..DISKS).map(|disk| DiskSpec {
+        name: disk.to_string(),
+        image: folder.join(disk.to_string()),
+        journal: journal_path(folder, disk),
+        size_bytes: BLOCKS * BLOCK_SIZE,
+        identity: [1; 16],
+    });
+    let options = MachineOptions {
+        workers: 4,
+        ring_bytes,
+        rebuild: false,
+        tracking: true,
+    };
+    Machine::open(specs.collect(), &options).unwrap().0
+}
+
+/// The changes of one disk: blocks by epoch.
+type Changes = BTreeMap<u64, BTreeSet<u64>>;
+
+/// The blocks of an interval that a journal does not report.
+fn missing(journal: &Path, changes: &Changes, after: Epoch, through: Epoch) -> Vec<u64> {
+    let reader = JournalReader::open(journal).unwrap();
+    let dirty = reader.dirty(after, through).unwrap();
+    if dirty.all() {
+        return Vec::new();
+    }
+    let extents: Vec<Extent> = dirty.extents().map(Result::unwrap).collect();
+    let reported = |block: u64| {
+        let next = extents.partition_point(|extent| extent.end_block() <= block);
+        extents.get(next).is_some_and(|e| e.first_block <= block)
+    };
+    let needed = changes
+        .range(after.0 + 1..=through.0)
+        .flat_map(|(_, blocks)| blocks);
+    needed.copied().filter(|&block| !reported(block)).collect()
+}
+
+struct World {
+    root: tempfile::TempDir,
+    lives: u32,
+    machine: Machine,
+    changes: [Changes; DISKS],
+    sealed: BTreeSet<u64>,
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(usize, u64, u64),
+    Cut(u64),
+    Seal,
+    Abandon,
+    Commit,
+    Revert,
+    Maintain,
+    Suspect(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        16 => (0..DISKS, prop_oneof![0..300u64, 0..BLOCKS], 1..250u64)
+            .prop_map(|(d, b, n)| Step::Write(d, b, n)),
+        8 => (0..9u64).prop_map(Step::Cut),
+        6 => Just(Step::Seal),
+        2 => Just(Step::Abandon),
+        4 => Just(Step::Commit),
+        2 => Just(Step::Revert),
+        4 => Just(Step::Maintain),
+        1 => (0..DISKS).prop_map(Step::Suspect),
+    ]
+}
+
+impl World {
+    fn new() -> Self {
+        let root = folder();
+        let first = root.path().join("0");
+        std::fs::create_dir(&first).unwrap();
+        let mut world = Self {
+            machine: open(&first, 16 << 10),
+            root,
+            lives: 0,
+            changes: Default::default(),
+            sealed: BTreeSet::new(),
+        };
+        // As of its first epoch every block of a disk counts as changed.
+        for step in [Step::Cut(0), Step::Seal, Step::Commit] {
+            world.carry_out(&step);
+        }
+        world
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.root.path().join(self.lives.to_string())
+    }
+
+    fn carry_out(&mut self, step: &Step) {
+        let status = self.machine.status();
+        match *step {
+            Step::Write(disk, first, count) => {
+                for number in 0..count {
+                    let block = (first + number) % BLOCKS;
+                    let extent = Extent {
+                        first_block: block,
+                        block_count: 1,
+                    };
+                    let epoch = self.machine.admit(1, disk, extent, Operation::Write);
+                    self.changes[disk].entry(epoch.0).or_default().insert(block);
+                    self.machine.complete(1, epoch);
+                    // A full ring would make every block count, and hide what is lost.
+                    if number % 100 == 99 {
+                        self.machine.maintain().unwrap();
+                    }
+                }
+            }
+            Step::Cut(more) => {
+                let minimum = Epoch(status.open.0 + more);
+                let cut = self.machine.cut(minimum, PATIENCE);
+                assert_eq!(cut.is_err(), status.closed.is_some());
+            }
+            Step::Seal => {
+                if let Some(closed) = status.closed {
+                    self.sealed.insert(closed.0);
+                    self.machine.seal(closed).unwrap();
+                }
+            }
+            Step::Abandon => {
+                if let Some(closed) = status.closed {
+                    self.machine.abandon(closed).unwrap();
+                }
+            }
+            Step::Commit => {
+                if let Some(epoch) = self.sealed.pop_first() {
+                    for changes in &mut self.changes {
+                        changes.retain(|of, _| *of > epoch);
+                    }
+                    self.machine.commit(Epoch(epoch)).unwrap();
+                }
+            }
+            Step::Revert => {
+                self.sealed.clear();
+                self.machine.revert().unwrap();
+            }
+            Step::Maintain => self.machine.maintain().unwrap(),
+            Step::Suspect(disk) => self.machine.mark_suspect(disk, "a test").unwrap(),
+        }
+    }
+
+    /// Carries a step out and returns the folders that a kill on the way would have left.
+    fn watched(&mut self, step: &Step) -> Vec<(Place, PathBuf)> {
+        let (from, root) = (self.folder(), self.root.path().to_owned());
+        let moments = Rc::new(RefCell::new(Vec::<(Place, PathBuf)>::new()));
+        let seen = Rc::clone(&moments);
+        let watcher = move |point| {
+            let mut seen = seen.borrow_mut();
+            // Each disk passes the same places; records are tested with the journal.
+            if seen.iter().filter(|(other, _)| *other == point).count() < DISKS {
+                let to = root.join(format!("moment-{}", seen.len()));
+                copy_folder(&from, &to);
+                seen.push((point, to));
+            }
+        };
+        watching(watcher, || self.carry_out(step));
+        moments.take()
+    }
+
+    /// Goes on with what a kill has left.
+    fn resume(&mut self, from: &Path) {
+        self.lives += 1;
+        copy_folder(from, &self.folder());
+        self.machine = open(&self.folder(), 16 << 10);
+        let states: Vec<EpochState> = self.machine.states();
+        for state in &states {
+            assert!(state.is_consistent(), "{state:?}");
+            let first = &states[0];
+            assert_eq!((state.open, state.closed), (first.open, first.closed));
+        }
+        assert_eq!(self.machine.clock.open(), states[0].open);
+    }
+
+    fn check(&self) {
+        let status = self.machine.status();
+        for (disk, changes) in self.changes.iter().enumerate() {
+            let journal = journal_path(&self.folder(), disk);
+            let lacks = |after, through| {
+                let missing = missing(&journal, changes, after, through);
+                assert!(
+                    missing.is_empty(),
+                    "disk {disk}, {after} to {through}: {missing:?}"
+                );
+            };
+            if let Some(closed) = status.closed {
+                lacks(status.sealed, closed);
+            }
+            lacks(status.closed.unwrap_or(status.sealed), Epoch(EPOCH_MAX));
+            lacks(status.committed, Epoch(EPOCH_MAX));
+        }
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for disk in 0..DISKS {
+        std::fs::copy(journal_path(from, disk), journal_path(to, disk)).unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_machine_that_is_killed_anywhere_forgets_nothing_and_goes_on(
+        steps in prop::collection::vec((step(), prop::option::of(any::<prop::sample::Index>())), 1..30),
+    ) {
+        let mut world = World::new();
+        for (step, killed) in &steps {
+            let before = (world.changes.clone(), world.sealed.clone());
+            let moments = world.watched(step);
+            world.check();
+            let Some(killed) = killed.filter(|_| !moments.is_empty()) else { continue };
+            let (point, from) = &moments[killed.index(moments.len())];
+            if matches!(step, Step::Write(..)) {
+                // What had been recorded by then is not known, so nothing of it is asked for.
+                world.changes = before.0;
+            }
+            world.resume(from);
+            // What its requester did not hear of is repeated, as far as it is known still.
+            match step {
+                Step::Seal => {
+                    if let (Some(closed), true) = (world.machine.status().closed, world.sealed != before.1) {
+                        world.machine.seal(closed).unwrap();
+                    }
+                }
+                Step::Commit => {
+                    if let Some(&epoch) = before.1.first() {
+                        world.machine.commit(Epoch(epoch)).unwrap();
+                    }
+                }
+                Step::Revert => world.machine.revert().unwrap(),
+                _ => {}
+            }
+            let open = world.machine.status().open.0;
+            let newest = world.changes.iter().filter_map(|c| c.keys().last()).max();
+            prop_assert!(newest.is_none_or(|newest| *newest <= open), "{:?}", point);
+            world.check();
+        }
+        // It is not stuck.
+        for step in [Step::Abandon, Step::Cut(0), Step::Seal, Step::Cut(0)] {
+            world.carry_out(&step);
+        }
+        while !world.sealed.is_empty() {
+            world.carry_out(&Step::Commit);
+        }
+        world.check();
+    }
+}
+
+/// Ends the other threads, also when this one panics.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Writers, folding, cuts and a reader at once. Each writer notes what it was told before it goes
+/// on, so whatever is noted under a closed epoch must be reported for it.
+#[test]
+fn many_threads_at_once_forget_nothing() {
+    const ROUNDS: usize = 100;
+    const WORKERS: usize = 3;
+    const LOOKS: usize = 8;
+    let root = folder();
+    let machine = open(root.path(), 16 << 10);
+    let noted: [Mutex<Changes>; DISKS] = Default::default();
+    let stop = AtomicBool::new(false);
+    let in_flight: [AtomicU64; WORKERS] = Default::default();
+    let write = |worker: usize| {
+        let mut state = 0x9e37_79b9 * (worker as u64 + 1);
+        while !stop.load(Ordering::Relaxed) {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            let (disk, block) = (
+                (state >> 60) as usize % DISKS,
+                (state >> 33) % (BLOCKS / 16),
+            );
+            // A full ring would make every block count, and hide what is lost.
+            let ring = machine.disks[disk].journal.ring();
+            while ring.used() * 100 > ring.capacity() * 71 && !stop.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            let extent = Extent {
+                first_block: block,
+                block_count: 1 + (state >> 20) % 3,
+            };
+            let epoch = machine.admit(worker, disk, extent, Operation::Write);
+            in_flight[worker].store(epoch.0, Ordering::SeqCst);
+            let mut changes = noted[disk].lock().unwrap();
+            let blocks = changes.entry(epoch.0).or_default();
+            blocks.extend(extent.first_block..extent.end_block());
+            drop(changes);
+            in_flight[worker].store(0, Ordering::SeqCst);
+            machine.complete(worker, epoch);
+        }
+    };
+    let conduct = || {
+        let _stop = StopOnDrop(&stop);
+        let mut exact = 0;
+        for round in 0..ROUNDS {
+            let closed = machine.cut(Epoch::ZERO, PATIENCE).unwrap();
+            let busy = |of: &AtomicU64| (1..=closed.0).contains(&of.load(Ordering::SeqCst));
+            assert!(
+                !in_flight.iter().any(busy),
+                "{closed} is closed and being written"
+            );
+            let sealed = machine.status().sealed;
+            for (disk, noted) in noted.iter().enumerate() {
+                let changes = noted.lock().unwrap().clone();
+                let journal = journal_path(root.path(), disk);
+                // Again and again, while records of the next epoch push these out of the ring.
+                for _ in 0..LOOKS {
+                    let missing = missing(&journal, &changes, sealed, closed);
+                    assert!(
+                        missing.is_empty(),
+                        "round {round}, disk {disk}: {missing:?}"
+                    );
+                }
+                let reader = JournalReader::open(&journal).unwrap();
+                exact += usize::from(!reader.dirty(sealed, closed).unwrap().all());
+            }
+            if round % 7 == 3 {
+                machine.abandon(closed).unwrap();
+                continue;
+            }
+            machine.seal(closed).unwrap();
+            // Commits lag behind.
+            if round % 3 == 0 {
+                machine.commit(closed).unwrap();
+                for noted in &noted {
+                    noted.lock().unwrap().retain(|epoch, _| *epoch > closed.0);
+                }
+            }
+        }
+        exact
+    };
+    let started = Instant::now();
+    let exact = std::thread::scope(|scope| {
+        for worker in 0..WORKERS {
+            scope.spawn(move || write(worker));
+        }
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                machine.maintain().unwrap();
+            }
+        });
+        scope.spawn(conduct).join().unwrap()
+    });
+    assert!(
+        exact > ROUNDS,
+        "{exact} of {} sets told blocks apart",
+        ROUNDS * DISKS
+    );
+    assert!(started.elapsed() < PATIENCE * 5);
+}
