@@ -2,25 +2,36 @@
 //! round, one server twice as the noise floor, medians of ratios within a round.
 
 mod fio;
+mod job;
 mod load;
+mod measure;
+mod pattern;
+mod plot;
 mod processor;
+mod qmp;
 mod report;
 mod servers;
 mod settings;
+mod statistics;
+mod summary;
+mod syscalls;
+mod wire;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use report::{Measurement, Report};
-use servers::{Running, ServerKind};
-use settings::{ClientKind, Settings};
+use measure::{Measurement, Patience};
+use report::Report;
+use servers::ServerKind;
+use settings::{Plan, Section, Settings};
+use syscalls::Counter;
 
 /// Any failure ends the program with a message, so kinds of errors are not told apart.
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> ExitCode {
-    match measure(&Settings::parse()) {
+    match run(&Settings::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error}");
@@ -29,45 +40,57 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(settings: &Settings) -> Result<()> {
-    settings.check()?;
-    let mut report = Report::new(settings);
-    for folder in &settings.folders {
-        for client in &settings.clients {
-            for round in 0..settings.rounds {
-                one_round(settings, folder, *client, round, &mut report)?;
+fn run(settings: &Settings) -> Result<()> {
+    // A server that goes into the background stays below this process, where it can be measured and ended.
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let plan = settings.plan()?;
+    let counter = settings.syscalls.then(Counter::find).transpose()?;
+    let mut report = Report::new(&plan);
+    let mut patience = Patience::of(&plan);
+    for section in &plan.sections {
+        eprintln!("{}", summary::title(section));
+        for round in 0..plan.rounds {
+            for server in order(&plan, round) {
+                let measurement =
+                    measure::measure(settings, &plan, section, (server, round), &mut patience)
+                        .map_err(|error| format!("{}: {error}", server.name()))?;
+                eprintln!("{}", progress(section, &measurement));
+                report.add(measurement);
+            }
+        }
+        if let Some(counter) = counter {
+            for server in &plan.servers {
+                let calls = syscalls::per_request(counter, settings, &plan, section, *server)?;
+                report.add_calls(section, *server, calls);
             }
         }
     }
     print!("{}", report.table());
-    let path = report.save(&settings.results)?;
-    println!("\nSaved as {}", path.display());
+    for path in report.save(settings)? {
+        println!("Saved {}", path.display());
+    }
     Ok(())
 }
 
-/// Every contestant once, starting with another one each round.
-fn one_round(
-    settings: &Settings,
-    folder: &std::path::Path,
-    client: ClientKind,
-    round: usize,
-    report: &mut Report,
-) -> Result<()> {
-    let mut order = ServerKind::CONTESTANTS.to_vec();
+/// Every server once, starting with another one each round.
+fn order(plan: &Plan, round: usize) -> Vec<ServerKind> {
+    let mut order = plan.servers.clone();
     let count = order.len();
     order.rotate_left(round % count);
-    for kind in order {
-        let server = Running::start(kind, settings, folder)?;
-        let before = processor::usage(server.pid())?;
-        let load = match client {
-            ClientKind::Fio => fio::random_writes(&server, settings)?,
-            ClientKind::Light => load::random_writes(server.socket(), settings)?,
-        };
-        let used = processor::usage(server.pid())?.since(&before);
-        server.stop()?;
-        let measurement = Measurement::new(kind, client, folder, round, &load, &used);
-        eprintln!("{}", measurement.line());
-        report.add(measurement);
-    }
-    Ok(())
+    order
+}
+
+fn progress(section: &Section, run: &Measurement) -> String {
+    let cost = run
+        .server_microseconds
+        .map_or(String::new(), |time| format!("{time:9.2} us/request"));
+    let mark = if run.disturbed { "  disturbed" } else { "" };
+    format!(
+        "  round {} {:<22}{:>10.0} {}{cost}  others {:.0}%{mark}",
+        run.round + 1,
+        run.server.name(),
+        run.rate,
+        section.job.unit(),
+        run.foreign_share * 100.0,
+    )
 }

@@ -1,128 +1,43 @@
-//! Measurements, their medians and ratios, as a table and as JSON.
+//! The report: tables on the terminal, JSON with every run, and plots.
 
-use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::fmt::Write;
+use std::path::PathBuf;
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::Result;
-use crate::load::Load;
-use crate::processor::Usage;
+use crate::measure::Measurement;
+use crate::plot;
 use crate::servers::ServerKind;
-use crate::settings::{ClientKind, Settings};
+use crate::settings::{Plan, Section, Settings};
+use crate::statistics::Spread;
+use crate::summary::{Ratio, Row, Summary};
 
-/// One run of one server.
+/// System calls of a server per request, counted in a run of its own.
 #[derive(Clone, Debug, Serialize)]
-pub struct Measurement {
-    #[serde(skip)]
-    server_kind: Option<ServerKind>,
-    server: &'static str,
-    client: &'static str,
-    folder: PathBuf,
-    round: usize,
-    requests: u64,
-    requests_per_second: f64,
-    processor_microseconds_per_request: f64,
-    context_switches_per_request: f64,
+struct Calls {
+    section: String,
+    server: ServerKind,
+    per_request: f64,
 }
 
-impl Measurement {
-    /// Rates and costs of a run.
-    pub fn new(
-        server: ServerKind,
-        client: ClientKind,
-        folder: &Path,
-        round: usize,
-        load: &Load,
-        used: &Usage,
-    ) -> Self {
-        let requests = load.requests.max(1) as f64;
-        Self {
-            server_kind: Some(server),
-            server: server.name(),
-            client: client.name(),
-            folder: folder.to_owned(),
-            round,
-            requests: load.requests,
-            requests_per_second: load.requests as f64 / load.seconds.max(f64::EPSILON),
-            processor_microseconds_per_request: used.microseconds as f64 / requests,
-            context_switches_per_request: used.switches as f64 / requests,
-        }
-    }
-
-    /// One line for the progress.
-    pub fn line(&self) -> String {
-        format!(
-            "{} {:<6} round {} {:<22} {:>9.0} IOPS {:>7.2} us/request",
-            self.folder.display(),
-            self.client,
-            self.round + 1,
-            self.server,
-            self.requests_per_second,
-            self.processor_microseconds_per_request,
-        )
-    }
-}
-
-/// Median and extremes.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Spread {
-    median: f64,
-    minimum: f64,
-    maximum: f64,
-}
-
-impl Spread {
-    /// Of a list in any order; zeroes where it is empty.
-    pub fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(0.0);
-        let middle = values.len() / 2;
-        let median = if values.len() % 2 == 1 {
-            at(middle)
-        } else {
-            f64::midpoint(at(middle.saturating_sub(1)), at(middle))
-        };
-        Self {
-            median,
-            minimum: at(0),
-            maximum: at(values.len().saturating_sub(1)),
-        }
-    }
-}
-
-/// Ratio of two servers, round by round.
-#[derive(Clone, Debug, Serialize)]
-struct Ratio {
-    client: &'static str,
-    folder: PathBuf,
-    server: &'static str,
-    against: &'static str,
-    requests_per_second: Spread,
-    processor_time_per_request: Spread,
-}
-
-/// Everything that was measured in one call.
-#[derive(Debug)]
-pub struct Report {
-    settings: Settings,
+/// All that was measured.
+pub struct Report<'a> {
+    plan: &'a Plan,
+    load_before: String,
     measurements: Vec<Measurement>,
+    calls: Vec<Calls>,
 }
 
-/// The ratios that the table shows. The last pair is the same server twice.
-const PAIRS: [(ServerKind, ServerKind); 4] = [
-    (ServerKind::Tracker, ServerKind::Nbdkit),
-    (ServerKind::TrackerPlain, ServerKind::Nbdkit),
-    (ServerKind::Tracker, ServerKind::TrackerPlain),
-    (ServerKind::NbdkitAgain, ServerKind::Nbdkit),
-];
-
-impl Report {
+impl<'a> Report<'a> {
     /// An empty report.
-    pub fn new(settings: &Settings) -> Self {
+    pub fn new(plan: &'a Plan) -> Self {
         Self {
-            settings: settings.clone(),
+            plan,
+            load_before: load_average(),
             measurements: Vec::new(),
+            calls: Vec::new(),
         }
     }
 
@@ -131,171 +46,181 @@ impl Report {
         self.measurements.push(measurement);
     }
 
-    fn runs(
-        &self,
-        folder: &Path,
-        client: ClientKind,
-        server: ServerKind,
-    ) -> impl Iterator<Item = &Measurement> {
-        self.measurements.iter().filter(move |run| {
-            run.folder == folder && run.client == client.name() && run.server_kind == Some(server)
-        })
-    }
-
-    fn spread(
-        &self,
-        folder: &Path,
-        client: ClientKind,
-        server: ServerKind,
-        value: fn(&Measurement) -> f64,
-    ) -> Spread {
-        Spread::of(self.runs(folder, client, server).map(value).collect())
-    }
-
-    fn ratio(
-        &self,
-        folder: &Path,
-        client: ClientKind,
-        (server, against): (ServerKind, ServerKind),
-    ) -> Ratio {
-        let of = |value: fn(&Measurement) -> f64| {
-            Spread::of(
-                self.runs(folder, client, server)
-                    .zip(self.runs(folder, client, against))
-                    .map(|(left, right)| value(left) / value(right).max(f64::EPSILON))
-                    .collect(),
-            )
-        };
-        Ratio {
-            client: client.name(),
-            folder: folder.to_owned(),
-            server: server.name(),
-            against: against.name(),
-            requests_per_second: of(|run| run.requests_per_second),
-            processor_time_per_request: of(|run| run.processor_microseconds_per_request),
+    /// Adds the system calls per request of a server, if they were counted.
+    pub fn add_calls(&mut self, section: &Section, server: ServerKind, calls: Option<f64>) {
+        if let Some(per_request) = calls {
+            self.calls.push(Calls {
+                section: crate::summary::title(section),
+                server,
+                per_request,
+            });
         }
     }
 
-    fn ratios(&self, folder: &Path, client: ClientKind) -> Vec<Ratio> {
-        PAIRS
-            .iter()
-            .map(|pair| self.ratio(folder, client, *pair))
+    fn summaries(&self) -> Vec<Summary> {
+        let sections = self.plan.sections.iter();
+        sections
+            .map(|section| {
+                let title = crate::summary::title(section);
+                Summary::of(self.plan, section, &self.measurements, |server| {
+                    let mut calls = self.calls.iter();
+                    calls
+                        .find(|calls| calls.section == title && calls.server == server)
+                        .map(|calls| calls.per_request)
+                })
+            })
             .collect()
     }
 
     /// The report for people.
     pub fn table(&self) -> String {
-        let settings = &self.settings;
         let mut text = format!(
-            "4 KiB random writes, depth {}, {} MiB disk, {} rounds of {} s; median (least to most)\n",
-            settings.depth, settings.size_mib, settings.rounds, settings.seconds
+            "{} MiB disk, {} rounds of {:.2} s; median (least to most); * others disturbed some runs\n",
+            self.plan.size_bytes >> 20,
+            self.plan.rounds,
+            self.plan.duration.as_secs_f64()
         );
-        for folder in &settings.folders {
-            for client in &settings.clients {
-                text.push_str(&format!(
-                    "\n{} with {}\n{:<24}{:>30}{:>24}{:>12}\n",
-                    folder.display(),
-                    client.name(),
-                    "server",
-                    "IOPS",
-                    "server us/request",
-                    "switches"
-                ));
-                for server in ServerKind::CONTESTANTS {
-                    self.server_row(&mut text, folder, *client, server);
-                }
-                for ratio in self.ratios(folder, *client) {
-                    push_ratio(&mut text, &ratio);
-                }
-            }
+        for summary in self.summaries() {
+            push_summary(&mut text, &summary);
         }
         text
     }
 
-    fn server_row(&self, text: &mut String, folder: &Path, client: ClientKind, server: ServerKind) {
-        let rate = self.spread(folder, client, server, |run| run.requests_per_second);
-        let cost = self.spread(folder, client, server, |run| {
-            run.processor_microseconds_per_request
-        });
-        let switches = self.spread(folder, client, server, |run| {
-            run.context_switches_per_request
-        });
-        text.push_str(&format!(
-            "{:<24}{:>30}{:>24}{:>12.3}\n",
-            server.name(),
-            format!(
-                "{:.0} ({:.0} to {:.0})",
-                rate.median, rate.minimum, rate.maximum
-            ),
-            format!(
-                "{:.2} ({:.2} to {:.2})",
-                cost.median, cost.minimum, cost.maximum
-            ),
-            switches.median
-        ));
-    }
-
-    /// Writes the report as JSON into the folder and returns its path.
+    /// Writes the JSON and the plots, and returns their paths.
     ///
     /// # Errors
     ///
-    /// The folder or file cannot be written.
-    pub fn save(&self, results: &Path) -> Result<PathBuf> {
-        let settings = &self.settings;
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-        let ratios: Vec<Ratio> = settings
-            .folders
-            .iter()
-            .flat_map(|folder| {
-                settings
-                    .clients
-                    .iter()
-                    .flat_map(move |client| self.ratios(folder, *client))
-            })
-            .collect();
-        let report = serde_json::json!({
-            "job": "4k random write",
-            "depth": settings.depth,
-            "connections_of_the_light_client": settings.connections,
-            "disk_bytes": settings.size_bytes(),
-            "rounds": settings.rounds,
-            "seconds": settings.seconds,
-            "unix_time": seconds,
-            "processors": std::thread::available_parallelism().map_or(0, usize::from),
-            "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
-            "ratios": ratios,
+    /// The folder or a file cannot be written.
+    pub fn save(&self, settings: &Settings) -> Result<Vec<PathBuf>> {
+        let summaries = self.summaries();
+        let report = json!({
+            "date": jiff::Zoned::now().strftime("%F %H:%M %:z").to_string(),
+            "machine": machine(),
+            "load_average_before": self.load_before,
+            "load_average_after": load_average(),
+            "versions": versions(&self.plan.servers),
+            "disk_bytes": self.plan.size_bytes,
+            "rounds": self.plan.rounds,
+            "seconds": self.plan.duration.as_secs_f64(),
+            "verified": settings.verify,
+            "sections": summaries,
             "runs": self.measurements,
+            "calls": self.calls,
         });
-        std::fs::create_dir_all(results)?;
-        let path = results.join(format!("random-write-{seconds}.json"));
-        std::fs::write(&path, serde_json::to_string_pretty(&report)?)?;
-        Ok(path)
+        let name = settings
+            .name
+            .clone()
+            .unwrap_or_else(|| jiff::Zoned::now().strftime("%Y%m%d-%H%M%S").to_string());
+        std::fs::create_dir_all(&settings.results)?;
+        let json = settings.results.join(format!("{name}.json"));
+        std::fs::write(&json, serde_json::to_string_pretty(&report)? + "\n")?;
+        let svg = settings.results.join(format!("{name}.svg"));
+        std::fs::write(&svg, plot::draw(&summaries))?;
+        Ok(vec![json, svg])
     }
 }
 
-fn push_ratio(text: &mut String, ratio: &Ratio) {
-    let show = |spread: &Spread| {
-        format!(
-            "{:.2} ({:.2} to {:.2})",
-            spread.median, spread.minimum, spread.maximum
-        )
+fn push_summary(text: &mut String, summary: &Summary) {
+    let mut line = |words: std::fmt::Arguments| {
+        // Writing into a string cannot fail.
+        let _written = text.write_fmt(words);
+        text.push('\n');
     };
-    text.push_str(&format!(
-        "  {:<44} IOPS {:<22} time {}\n",
-        format!("{} / {}", ratio.server, ratio.against),
-        show(&ratio.requests_per_second),
-        show(&ratio.processor_time_per_request),
+    line(format_args!("\n{}", summary.title));
+    line(format_args!(
+        "{:<22}{:>27}{:>27}{:>27}{:>11}{:>9}",
+        "", summary.unit, "p50 / p99 / p99.9 us", "server us/request", "switches", "calls"
     ));
+    for row in &summary.rows {
+        line(format_args!("{}", row_text(row)));
+    }
+    for ratio in &summary.ratios {
+        line(format_args!("{}", ratio_text(ratio)));
+    }
+    if let Some(peer) = summary.best_peer {
+        line(format_args!("  best peer: {peer}"));
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn row_text(row: &Row) -> String {
+    let mark = if row.disturbed > 0 { " *" } else { "" };
+    let latency = format!(
+        "{:.0} / {:.0} / {:.0}",
+        row.p50.median, row.p99.median, row.p999.median
+    );
+    let cost = row.server_microseconds.map(|cost| cost.text(2));
+    let switches = row.switches.map(|spread| format!("{:.3}", spread.median));
+    let calls = row.calls.map(|calls| format!("{calls:.2}"));
+    format!(
+        "{:<22}{:>27}{:>27}{:>27}{:>11}{:>9}",
+        format!("{}{mark}", row.server),
+        row.rate.text(0),
+        latency,
+        cost.unwrap_or_default(),
+        switches.unwrap_or_default(),
+        calls.unwrap_or_default(),
+    )
+}
 
-    #[test]
-    fn medians_of_odd_even_and_no_values() {
-        assert_eq!(Spread::of(vec![3.0, 1.0, 2.0]).median, 2.0);
-        assert_eq!(Spread::of(vec![4.0, 1.0, 2.0, 3.0]).median, 2.5);
-        assert_eq!(Spread::of(Vec::new()).maximum, 0.0);
-    }
+fn ratio_text(ratio: &Ratio) -> String {
+    let cost = |cost: Spread| format!("server time {}", cost.text(2));
+    format!(
+        "  {:<44}rate {:<24}{}",
+        format!("{} / {}", ratio.server, ratio.against),
+        ratio.rate.text(2),
+        ratio.server_microseconds.map(cost).unwrap_or_default(),
+    )
+}
+
+fn load_average() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split_whitespace()
+        .take(3)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// What a reader needs to know of the machine.
+fn machine() -> Value {
+    let first = |file: &str, key: &str| {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(key))
+            .unwrap_or("");
+        line.split_once(':')
+            .map_or(String::new(), |(_, value)| value.trim().to_owned())
+    };
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    json!({
+        "processor": first("/proc/cpuinfo", "model name"),
+        "processors": std::thread::available_parallelism().map_or(0, usize::from),
+        "memory": first("/proc/meminfo", "MemTotal"),
+        "kernel": kernel.trim(),
+    })
+}
+
+/// The first line that each program says of its version.
+fn versions(servers: &[ServerKind]) -> Value {
+    let mut programs: Vec<&str> = servers
+        .iter()
+        .filter_map(|server| server.program())
+        .collect();
+    programs.push("fio");
+    programs.sort_unstable();
+    programs.dedup();
+    let version = |program: &&str| {
+        let output = std::process::Command::new(program)
+            // nbd-server knows no long form.
+            .arg(if *program == "nbd-server" {
+                "-V"
+            } else {
+                "--version"
+            })
+            .output()
+            .ok()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Some(text.lines().next()?.to_owned())
+    };
+    programs.iter().filter_map(version).collect()
 }

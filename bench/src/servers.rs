@@ -6,77 +6,161 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use serde::Serialize;
 use tempfile::TempDir;
 
 use crate::Result;
-use crate::settings::Settings;
+use crate::pattern::{self, Version};
+use crate::qmp;
 
 /// Time that a server has until it listens, and until it has ended.
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Time between two attempts to connect.
-const ATTEMPT_INTERVAL: Duration = Duration::from_millis(10);
+/// Time between two looks at a server that starts or ends.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// The image is filled in pieces of this many bytes.
-const FILL_BYTES: usize = 1 << 20;
+const FILL_BYTES: u64 = 1 << 20;
 
 /// A server in one configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ServerKind {
-    /// The tracker, tracking.
+    /// The tracker, tracking
     Tracker,
-    /// The tracker without a journal.
+    /// The tracker once more: what differs between the two is noise
+    TrackerAgain,
+    /// The tracker without a journal
     TrackerPlain,
-    /// `nbdkit file`.
+    /// nbdkit with its file plugin
     Nbdkit,
-    /// `nbdkit file` once more: what differs between the two is noise.
-    NbdkitAgain,
+    /// nbd-server, the reference implementation
+    NbdServer,
+    /// qemu-nbd on a raw file
+    QemuNbd,
+    /// qemu-storage-daemon with a dirty bitmap of 4 KiB granularity: the peer that tracks
+    QemuBitmap,
+    /// No server: fio's io_uring engine on the raw file
+    RawFile,
 }
 
 impl ServerKind {
-    /// All of them, in the order of the table.
-    pub const CONTESTANTS: [Self; 4] = [
-        Self::Tracker,
-        Self::TrackerPlain,
-        Self::Nbdkit,
-        Self::NbdkitAgain,
-    ];
-
     /// Name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tracker => "tracker",
+            Self::TrackerAgain => "tracker (again)",
             Self::TrackerPlain => "tracker --no-journal",
             Self::Nbdkit => "nbdkit file",
-            Self::NbdkitAgain => "nbdkit file (again)",
+            Self::NbdServer => "nbd-server",
+            Self::QemuNbd => "qemu-nbd",
+            Self::QemuBitmap => "qemu with bitmap",
+            Self::RawFile => "raw file, no server",
         }
     }
 
-    fn command(self, settings: &Settings, image: &Path, socket: &Path) -> Command {
+    /// The program that must be installed; the tracker is built, not installed.
+    pub fn program(self) -> Option<&'static str> {
         match self {
-            Self::Tracker | Self::TrackerPlain => {
-                let mut command = Command::new(&settings.tracker);
+            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain => None,
+            Self::Nbdkit => Some("nbdkit"),
+            Self::NbdServer => Some("nbd-server"),
+            Self::QemuNbd => Some("qemu-nbd"),
+            Self::QemuBitmap => Some("qemu-storage-daemon"),
+            Self::RawFile => Some("fio"),
+        }
+    }
+
+    /// Whether it is a server of someone else.
+    pub fn is_peer(self) -> bool {
+        self.program().is_some() && self != Self::RawFile
+    }
+
+    /// The export that clients ask for.
+    fn export(self) -> &'static str {
+        // nbd-server serves no export without a name.
+        if self == Self::NbdServer { "disk" } else { "" }
+    }
+
+    /// The command line; the image, the socket and all other files lie in the folder.
+    fn command(self, tracker: &Path, folder: &Path) -> Command {
+        let (image, socket) = (folder.join(IMAGE), folder.join(SOCKET));
+        let mut command = Command::new(self.program().map_or(tracker, Path::new));
+        match self {
+            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain => {
                 command.arg("serve").arg("--disk").arg(image);
                 command.arg("--socket").arg(socket);
                 if self == Self::TrackerPlain {
                     command.arg("--no-journal");
                 }
-                command
             }
-            Self::Nbdkit | Self::NbdkitAgain => {
-                let mut command = Command::new("nbdkit");
+            Self::Nbdkit => {
                 command.args(["--foreground", "--unix"]).arg(socket);
                 command.arg("file").arg(image);
-                command
             }
+            Self::NbdServer => {
+                command.arg("-C").arg(folder.join(CONFIGURATION));
+                command.arg("-p").arg(folder.join(PID_FILE));
+            }
+            Self::QemuNbd => {
+                command.args(["--format=raw", "--cache=writeback", "--persistent"]);
+                command.arg("--shared=16").arg("--socket").arg(socket);
+                command.arg(image);
+            }
+            Self::QemuBitmap => {
+                let (image, socket) = (image.display(), socket.display());
+                let monitor = folder.join(MONITOR);
+                let monitor = monitor.display();
+                command.args([
+                    "--blockdev",
+                    &format!("driver=file,node-name=disk,filename={image}"),
+                    "--chardev",
+                    &format!("socket,id=monitor,path={monitor},server=on,wait=off"),
+                    "--monitor",
+                    "chardev=monitor",
+                    "--nbd-server",
+                    &format!("addr.type=unix,addr.path={socket},max-connections=0"),
+                    "--export",
+                    "type=nbd,id=export,node-name=disk,name=,writable=on",
+                ]);
+            }
+            Self::RawFile => {}
         }
+        command
     }
+}
+
+/// Names of the files of a run.
+const IMAGE: &str = "disk.img";
+const SOCKET: &str = "nbd.sock";
+const MONITOR: &str = "monitor.sock";
+const CONFIGURATION: &str = "nbd-server.conf";
+const PID_FILE: &str = "pid";
+const LOG: &str = "log";
+
+/// Whether a program is found where commands are looked for.
+pub fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// How a server's process was started, and so how it is ended.
+enum Process {
+    /// A child.
+    Child(Child),
+    /// It has put itself into the background.
+    Daemon(Pid),
+    /// There is none: the file itself is measured.
+    None,
 }
 
 /// A server that runs. Dropping it kills it and removes its files.
 pub struct Running {
-    child: Child,
-    socket: PathBuf,
+    kind: ServerKind,
+    process: Process,
+    size_bytes: u64,
     folder: TempDir,
 }
 
@@ -86,56 +170,140 @@ impl Running {
     /// # Errors
     ///
     /// The image cannot be made, or the server does not listen in time.
-    pub fn start(kind: ServerKind, settings: &Settings, folder: &Path) -> Result<Self> {
+    pub fn start(kind: ServerKind, tracker: &Path, folder: &Path, size_bytes: u64) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("tidemark-bench-")
             .tempdir_in(folder)?;
-        let image = folder.path().join("disk.img");
-        fill(&image, settings.size_bytes())?;
-        let socket = folder.path().join("nbd.sock");
-        let log = File::create(folder.path().join("log"))?;
+        fill(&folder.path().join(IMAGE), size_bytes)?;
+        let mut running = Self {
+            kind,
+            process: Process::None,
+            size_bytes,
+            folder,
+        };
+        if kind == ServerKind::RawFile {
+            return Ok(running);
+        }
+        if kind == ServerKind::NbdServer {
+            running.configure_nbd_server()?;
+        }
+        let log = File::create(running.folder().join(LOG))?;
         let child = kind
-            .command(settings, &image, &socket)
+            .command(tracker, running.folder())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
             .map_err(|error| format!("cannot start {}: {error}", kind.name()))?;
-        let mut running = Self {
-            child,
-            socket,
-            folder,
-        };
-        running.await_socket(kind)?;
+        running.process = Process::Child(child);
+        if kind == ServerKind::NbdServer {
+            running.follow_into_background()?;
+        }
+        running.await_socket()?;
+        if kind == ServerKind::QemuBitmap {
+            qmp::add_bitmap(&running.folder().join(MONITOR), "disk")?;
+        }
         Ok(running)
     }
 
-    fn await_socket(&mut self, kind: ServerKind) -> Result<()> {
+    /// It listens on TCP besides, whatever it is told, so it gets a port that is free.
+    fn configure_nbd_server(&self) -> Result<()> {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?
+            .local_addr()?
+            .port();
+        let text = format!(
+            "[generic]\nunixsock = {}\nlistenaddr = 127.0.0.1\nport = {port}\n\
+             [disk]\nexportname = {}\nfilesize = {}\nflush = true\nfua = true\n",
+            self.socket().display(),
+            self.image().display(),
+            self.size_bytes
+        );
+        std::fs::write(self.folder().join(CONFIGURATION), text)?;
+        Ok(())
+    }
+
+    /// Takes a daemon over. It becomes a child of this process, which is a subreaper.
+    fn follow_into_background(&mut self) -> Result<()> {
+        if let Process::Child(child) = &mut self.process {
+            child.wait()?;
+        }
         let deadline = Instant::now() + DEADLINE;
-        while UnixStream::connect(&self.socket).is_err() {
-            let ended = self.child.try_wait()?.is_some();
-            if ended || Instant::now() > deadline {
-                let log = std::fs::read_to_string(self.folder.path().join("log"));
-                return Err(format!(
-                    "{} does not listen: {}",
-                    kind.name(),
-                    log.unwrap_or_default()
-                )
-                .into());
+        while Instant::now() < deadline {
+            let text = std::fs::read_to_string(self.folder().join(PID_FILE)).unwrap_or_default();
+            if let Ok(pid) = text.trim().parse() {
+                self.process = Process::Daemon(Pid::from_raw(pid));
+                return Ok(());
             }
-            std::thread::sleep(ATTEMPT_INTERVAL);
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Err(self.complaint("does not start"))
+    }
+
+    fn await_socket(&mut self) -> Result<()> {
+        let deadline = Instant::now() + DEADLINE;
+        while UnixStream::connect(self.socket()).is_err() {
+            if self.has_ended()? || Instant::now() > deadline {
+                return Err(self.complaint("does not listen"));
+            }
+            std::thread::sleep(LOOK_INTERVAL);
         }
         Ok(())
     }
 
-    /// Process number of the server.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+    fn complaint(&self, what: &str) -> Box<dyn std::error::Error> {
+        let log = std::fs::read_to_string(self.folder().join(LOG)).unwrap_or_default();
+        format!("{} {what}: {log}", self.kind.name()).into()
+    }
+
+    fn has_ended(&mut self) -> Result<bool> {
+        Ok(match &mut self.process {
+            Process::Child(child) => child.try_wait()?.is_some(),
+            Process::Daemon(pid) => !matches!(
+                waitpid(*pid, Some(WaitPidFlag::WNOHANG)),
+                Ok(WaitStatus::StillAlive)
+            ),
+            Process::None => true,
+        })
+    }
+
+    /// Process number of the server, if there is one.
+    pub fn pid(&self) -> Option<u32> {
+        match &self.process {
+            Process::Child(child) => Some(child.id()),
+            Process::Daemon(pid) => u32::try_from(pid.as_raw()).ok(),
+            Process::None => None,
+        }
+    }
+
+    /// Whether there is a server before the image.
+    pub fn is_served(&self) -> bool {
+        self.kind != ServerKind::RawFile
     }
 
     /// Its unix socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub fn socket(&self) -> PathBuf {
+        self.folder().join(SOCKET)
+    }
+
+    /// The name of its export.
+    pub fn export(&self) -> &'static str {
+        self.kind.export()
+    }
+
+    /// Its address.
+    pub fn uri(&self) -> String {
+        let socket = self.socket();
+        format!("nbd+unix:///{}?socket={}", self.export(), socket.display())
+    }
+
+    /// The image.
+    pub fn image(&self) -> PathBuf {
+        self.folder().join(IMAGE)
+    }
+
+    /// Bytes of the image.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
     }
 
     /// A folder for other files of this run.
@@ -149,22 +317,43 @@ impl Running {
     ///
     /// It does not end in time.
     pub fn stop(mut self) -> Result<()> {
-        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM)?;
+        let Some(pid) = self.pid() else { return Ok(()) };
+        kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGTERM)?;
         let deadline = Instant::now() + DEADLINE;
-        while self.child.try_wait()?.is_none() {
+        while !self.has_ended()? {
             if Instant::now() > deadline {
-                return Err("a server does not end on SIGTERM".into());
+                return Err(self.complaint("does not end on SIGTERM"));
             }
-            std::thread::sleep(ATTEMPT_INTERVAL);
+            std::thread::sleep(LOOK_INTERVAL);
         }
+        if matches!(self.process, Process::Daemon(_)) {
+            reap_orphans();
+        }
+        self.process = Process::None;
         Ok(())
     }
 }
 
+/// The children of a daemon that has ended come to this process, too.
+fn reap_orphans() {
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG))
+        && status != WaitStatus::StillAlive
+    {}
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
-        let _gone = self.child.kill();
-        let _reaped = self.child.wait();
+        match &mut self.process {
+            Process::Child(child) => {
+                let _gone = child.kill();
+                let _reaped = child.wait();
+            }
+            Process::Daemon(pid) => {
+                let _gone = kill(*pid, Signal::SIGKILL);
+                let _reaped = waitpid(*pid, None);
+            }
+            Process::None => {}
+        }
     }
 }
 
@@ -172,12 +361,14 @@ impl Drop for Running {
 fn fill(image: &Path, size_bytes: u64) -> Result<()> {
     use std::io::Write;
     let mut file = File::create_new(image)?;
-    let piece = vec![0x5a; FILL_BYTES];
-    let mut left = size_bytes;
-    while left > 0 {
-        let step = left.min(FILL_BYTES as u64);
-        file.write_all(piece.get(..step as usize).unwrap_or_default())?;
-        left -= step;
+    let mut piece = vec![0; FILL_BYTES as usize];
+    let mut offset = 0;
+    while offset < size_bytes {
+        let step = (size_bytes - offset).min(FILL_BYTES);
+        piece.truncate(step as usize);
+        pattern::fill(&mut piece, offset, Version::Old);
+        file.write_all(&piece)?;
+        offset += step;
     }
     // Write-back of the filling must not run into the measurement.
     file.sync_all()?;

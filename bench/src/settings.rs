@@ -1,18 +1,29 @@
-//! What is measured, and how: the command line.
+//! What is measured, and how: the command line, and the plan made of it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use serde::Serialize;
 
 use crate::Result;
+use crate::job::{Job, JobKind};
+use crate::servers::{ServerKind, is_installed};
+
+/// Seconds that a run takes besides its load: filling the image, starting and stopping, fio's own start.
+const OVERHEAD_SECONDS: f64 = 0.75;
+/// Bounds of the seconds of a run that are computed from `--minutes`.
+const SECONDS_MIN: f64 = 0.5;
+const SECONDS_MAX: f64 = 4.0;
 
 /// Which program makes the requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ClientKind {
-    /// fio with its nbd engine.
+    /// fio with its nbd engine
     Fio,
-    /// The load generator of this program, which costs the processors less than fio.
+    /// The client of this program, which costs the processors less than fio
     Light,
 }
 
@@ -21,72 +32,203 @@ impl ClientKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Fio => "fio",
-            Self::Light => "light",
+            Self::Light => "light client",
         }
     }
 }
 
-/// Compares the tracker with other NBD servers on 4 KiB random writes.
+/// Compares the tracker with other NBD servers.
+///
+/// Without --job and --client, every job is measured on the first folder with the light client, the
+/// most telling ones with fio, and some on the other folders.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "bench", version)]
 pub struct Settings {
     /// The tracker program
     #[arg(long, value_name = "PATH")]
     pub tracker: PathBuf,
-    /// Folder on tmpfs and folder on the disk; one section of the report each
+    /// Folder on tmpfs and folder on the disk
     #[arg(long = "folder", value_name = "DIR", required = true)]
     pub folders: Vec<PathBuf>,
-    /// Where the JSON report goes
-    #[arg(long, value_name = "DIR", default_value = "bench/results")]
-    pub results: PathBuf,
+    /// Two minutes: 4 KiB random writes at depth 32, tracker and nbdkit, on the first folder
+    #[arg(long, conflicts_with_all = ["jobs", "clients"])]
+    pub quick: bool,
+    /// Jobs to measure; with --client or this, on all folders with all clients given
+    #[arg(long = "job", value_enum)]
+    pub jobs: Vec<JobKind>,
+    /// Clients to measure with
+    #[arg(long = "client", value_enum)]
+    pub clients: Vec<ClientKind>,
+    /// Servers to measure [default: all that are installed]
+    #[arg(long = "server", value_enum)]
+    pub servers: Vec<ServerKind>,
     /// Rounds; every server runs once in each
     #[arg(long, default_value_t = 5)]
     pub rounds: usize,
-    /// Seconds of one run
-    #[arg(long, default_value_t = 4)]
-    pub seconds: u64,
-    /// Requests in flight on each connection
-    #[arg(long, default_value_t = 32)]
-    pub depth: usize,
-    /// Connections of the light client
-    #[arg(long, default_value_t = 1)]
-    pub connections: usize,
-    /// Size of the disk in MiB; a multiple of four kilobytes in any case
-    #[arg(long, default_value_t = 1024)]
-    pub size_mib: u64,
-    /// Clients to measure with
-    #[arg(long = "client", value_enum, default_values_t = [ClientKind::Fio, ClientKind::Light])]
-    pub clients: Vec<ClientKind>,
+    /// Minutes that all should take; the seconds of each run follow from it
+    #[arg(long, default_value_t = 15.0)]
+    pub minutes: f64,
+    /// Seconds of each run, whatever all takes
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// Size of the disk in MiB [default: 256, with --quick 512]
+    #[arg(long)]
+    pub size_mib: Option<u64>,
+    /// Count system calls as well, in a short run of its own for each server
+    #[arg(long)]
+    pub syscalls: bool,
+    /// Check what the light client reads, and read back what it wrote
+    #[arg(long)]
+    pub verify: bool,
+    /// Where reports go
+    #[arg(long, value_name = "DIR", default_value = "bench/results/local")]
+    pub results: PathBuf,
+    /// Name of the report's files [default: date and time]
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+/// One table of the report.
+#[derive(Clone, Debug)]
+pub struct Section {
+    /// Where the image lies.
+    pub folder: PathBuf,
+    /// What kind of folder that is.
+    pub medium: String,
+    /// Who makes the requests.
+    pub client: ClientKind,
+    /// Which requests.
+    pub job: Job,
+}
+
+/// All that will be done.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The tables.
+    pub sections: Vec<Section>,
+    /// Who takes part.
+    pub servers: Vec<ServerKind>,
+    /// Rounds of each table.
+    pub rounds: usize,
+    /// Length of each run.
+    pub duration: Duration,
+    /// Size of the disk.
+    pub size_bytes: u64,
 }
 
 impl Settings {
-    /// Checks what the parser could not.
+    /// Makes the plan.
     ///
     /// # Errors
     ///
-    /// A number is zero or out of range, or a folder is missing.
-    pub fn check(&self) -> Result<()> {
-        if self.rounds == 0 || self.seconds == 0 || self.size_mib == 0 {
-            return Err("rounds, seconds and size must be above zero".into());
+    /// A number is out of range, or a folder is missing.
+    pub fn plan(&self) -> Result<Plan> {
+        if self.rounds == 0 || self.size_mib == Some(0) {
+            return Err("rounds and size must be above zero".into());
         }
-        if !(1..=1024).contains(&self.depth) || !(1..=64).contains(&self.connections) {
-            return Err("depth must be 1 to 1024, connections 1 to 64".into());
-        }
+        let mut media = Vec::new();
         for folder in &self.folders {
-            if !folder.is_dir() {
-                return Err(format!("{} is not a folder", folder.display()).into());
+            media.push((folder.clone(), medium_of(folder)?));
+        }
+        let servers = self.servers_installed();
+        if servers.is_empty() {
+            return Err("none of these servers is installed".into());
+        }
+        let sections = self.sections(&media);
+        let runs = (sections.len() * servers.len() * self.rounds) as f64;
+        let seconds = match self.seconds {
+            Some(seconds) => seconds,
+            None if self.quick => 2.0,
+            None => (self.minutes * 60.0 / runs - OVERHEAD_SECONDS).clamp(SECONDS_MIN, SECONDS_MAX),
+        };
+        if !(0.1..=600.0).contains(&seconds) {
+            return Err("a run lasts from 0.1 to 600 seconds".into());
+        }
+        let size_mib = self.size_mib.unwrap_or(if self.quick { 512 } else { 256 });
+        Ok(Plan {
+            sections,
+            servers,
+            rounds: self.rounds,
+            duration: Duration::from_secs_f64(seconds),
+            size_bytes: size_mib << 20,
+        })
+    }
+
+    /// The servers that take part; of each that does not, a line says why.
+    fn servers_installed(&self) -> Vec<ServerKind> {
+        let wanted: &[ServerKind] = match (&self.servers[..], self.quick) {
+            ([], true) => &[
+                ServerKind::Tracker,
+                ServerKind::Nbdkit,
+                ServerKind::TrackerPlain,
+                ServerKind::TrackerAgain,
+            ],
+            ([], false) => ServerKind::value_variants(),
+            (chosen, _) => chosen,
+        };
+        let mut servers = Vec::new();
+        for server in wanted {
+            match server.program() {
+                Some(program) if !is_installed(program) => {
+                    eprintln!("{} is left out: {program} is not installed", server.name());
+                }
+                _ => servers.push(*server),
             }
         }
-        Ok(())
+        servers
     }
 
-    /// Length of one run.
-    pub fn duration(&self) -> Duration {
-        Duration::from_secs(self.seconds)
+    fn sections(&self, media: &[(PathBuf, String)]) -> Vec<Section> {
+        let mut sections = Vec::new();
+        let mut add = |(folder, medium): &(PathBuf, String), client, job| {
+            sections.push(Section {
+                folder: folder.clone(),
+                medium: medium.clone(),
+                client,
+                job: Job::of(job),
+            });
+        };
+        let both = [ClientKind::Fio, ClientKind::Light];
+        if self.quick {
+            for client in both {
+                add(&media[0], client, JobKind::Write4kDeep);
+            }
+        } else if self.jobs.is_empty() && self.clients.is_empty() {
+            for job in JobKind::value_variants() {
+                add(&media[0], ClientKind::Light, *job);
+            }
+            for job in [JobKind::Write4kDeep, JobKind::Write1m, JobKind::Read1m] {
+                add(&media[0], ClientKind::Fio, job);
+            }
+            for medium in media.iter().skip(1) {
+                for job in [JobKind::Write4kDeep, JobKind::Write4kSync, JobKind::Write1m] {
+                    add(medium, ClientKind::Light, job);
+                }
+                add(medium, ClientKind::Fio, JobKind::Write4kDeep);
+            }
+        } else {
+            let jobs = or_all(&self.jobs, JobKind::value_variants());
+            for medium in media {
+                for client in or_all(&self.clients, &both) {
+                    for job in jobs {
+                        add(medium, *client, *job);
+                    }
+                }
+            }
+        }
+        sections
     }
+}
 
-    /// Size of the disk in bytes.
-    pub fn size_bytes(&self) -> u64 {
-        self.size_mib << 20
+fn or_all<'a, T>(chosen: &'a [T], all: &'a [T]) -> &'a [T] {
+    if chosen.is_empty() { all } else { chosen }
+}
+
+/// `tmpfs` or `disk`.
+fn medium_of(folder: &Path) -> Result<String> {
+    if !folder.is_dir() {
+        return Err(format!("{} is not a folder", folder.display()).into());
     }
+    let kind = statfs(folder)?.filesystem_type();
+    Ok(if kind == TMPFS_MAGIC { "tmpfs" } else { "disk" }.to_owned())
 }
