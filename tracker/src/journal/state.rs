@@ -159,6 +159,7 @@ pub fn reconcile(states: &mut [EpochState]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn a_cut_that_did_not_reach_every_disk_is_merged() {
@@ -201,6 +202,60 @@ mod tests {
             ..old
         };
         assert_eq!(states[0], expected);
+    }
+
+    /// What a machine does to all of its disks.
+    fn change(state: &mut EpochState, number: u8) {
+        match number {
+            0 if state.closed.is_none() => state.cut(state.open.next()),
+            1 => state.closed.map_or((), |closed| state.seal(closed)),
+            2 => state.closed = None,
+            3 => state.commit(state.sealed),
+            4 => state.revert(),
+            5 => state.distrust(),
+            _ => *state = EpochState::initial(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn disks_that_an_update_left_apart_are_brought_together_without_loss(
+            numbers in prop::collection::vec(0..5u8, 0..40),
+            last in 0..7u8,
+            reached in prop::collection::vec(any::<bool>(), 3),
+            kept in prop::collection::vec(any::<bool>(), 3),
+        ) {
+            let mut states = [EpochState::initial(); 3];
+            for number in numbers {
+                states.iter_mut().for_each(|state| change(state, number));
+            }
+            for (state, _) in states.iter_mut().zip(&reached).filter(|(_, reached)| **reached) {
+                change(state, last);
+            }
+            let once = brought_together(states)?;
+            // The next crash may come while only some disks have been told.
+            for ((state, once), _) in states.iter_mut().zip(once).zip(&kept).filter(|(_, kept)| **kept) {
+                *state = once;
+            }
+            brought_together(states)?;
+        }
+    }
+
+    fn brought_together(before: [EpochState; 3]) -> Result<[EpochState; 3], TestCaseError> {
+        let mut states = before;
+        reconcile(&mut states);
+        for (state, before) in states.iter().zip(&before) {
+            prop_assert!(state.is_consistent(), "{:?}", state);
+            let first = states[0];
+            prop_assert_eq!((state.open, state.closed), (first.open, first.closed));
+            prop_assert!(state.open >= before.open);
+            let all_is_open = state.resync == Some(state.open) && state.closed.is_none();
+            prop_assert!(all_is_open || state.resync == before.resync);
+            // Nothing that was to be captured counts as sealed or committed.
+            prop_assert!(all_is_open || state.sealed <= before.sealed);
+            prop_assert!(all_is_open || state.committed == before.committed);
+        }
+        Ok(states)
     }
 
     #[test]
