@@ -24,10 +24,13 @@ package_of() {
         nbdsh) echo python3-libnbd ;;
         qemu-img | qemu-io | qemu-nbd) echo qemu-utils ;;
         mkfs.ext4 | e2fsck | debugfs) echo e2fsprogs ;;
-        mkfs.xfs) echo xfsprogs ;;
+        mkfs.xfs | xfs_repair) echo xfsprogs ;;
+        qemu-system-x86_64) echo qemu-system-x86 ;;
+        busybox) echo busybox-static ;;
+        xz) echo xz-utils ;;
         losetup | mount) echo mount ;;
         fusermount3) echo fuse3 ;;
-        modprobe) echo kmod ;;
+        modprobe | depmod) echo kmod ;;
         cc) echo "gcc libc6-dev" ;;
         *) echo "$1" ;;
     esac
