@@ -5,6 +5,7 @@
 //! the request.
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -94,10 +95,7 @@ impl Kernel {
             family = family.or(number.and_then(|bytes| bytes.try_into().ok()));
         })
         .map_err(|errno| match errno {
-            Errno::ENOENT => Error::new(
-                ErrorKind::Missing,
-                "The kernel has no nbd client: load it with `modprobe nbd`",
-            ),
+            Errno::ENOENT => Error::new(ErrorKind::Missing, no_family()),
             errno => Error::io("Cannot find the kernel's nbd client", errno),
         })?;
         let family = family.ok_or_else(|| {
@@ -219,6 +217,15 @@ impl Kernel {
                 }
             }
         }
+    }
+}
+
+/// Why the family is not there: the module is not, or it is and answers the host alone.
+fn no_family() -> &'static str {
+    if Path::new("/sys/module/nbd").exists() {
+        "The kernel's nbd client cannot be reached from this container: attach on the host"
+    } else {
+        "The kernel has no nbd client: load it with `modprobe nbd`"
     }
 }
 
