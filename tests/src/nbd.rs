@@ -29,12 +29,20 @@ pub mod option {
     pub const GO: u32 = 7;
     /// Ask for structured replies.
     pub const STRUCTURED_REPLY: u32 = 8;
+    /// List meta contexts.
+    pub const LIST_META_CONTEXT: u32 = 9;
+    /// Select meta contexts.
+    pub const SET_META_CONTEXT: u32 = 10;
+    /// Ask for extended headers.
+    pub const EXTENDED_HEADERS: u32 = 11;
     /// Reply: done.
     pub const ACK: u32 = 1;
     /// Reply: one export.
     pub const SERVER: u32 = 2;
     /// Reply: one item of information.
     pub const REPLY_INFO: u32 = 3;
+    /// Reply: one meta context.
+    pub const META_CONTEXT: u32 = 4;
     /// Reply: unknown option.
     pub const ERR_UNSUPPORTED: u32 = 0x8000_0001;
     /// Reply: malformed data.
@@ -43,6 +51,8 @@ pub mod option {
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     /// Reply: too much data.
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
+    /// Reply: extended headers are in use.
+    pub const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }
 
 /// Numbers of commands.
@@ -57,12 +67,24 @@ pub mod command {
     pub const FLUSH: u16 = 3;
     /// Trim.
     pub const TRIM: u16 = 4;
+    /// Bring into the cache.
+    pub const CACHE: u16 = 5;
     /// Write zeroes.
     pub const WRITE_ZEROES: u16 = 6;
+    /// Ask meta contexts.
+    pub const BLOCK_STATUS: u16 = 7;
     /// Flag: durable before the reply.
     pub const FUA: u16 = 1;
     /// Flag: stay allocated.
     pub const NO_HOLE: u16 = 2;
+    /// Flag: data in one chunk.
+    pub const DF: u16 = 4;
+    /// Flag: one extent.
+    pub const REQ_ONE: u16 = 8;
+    /// Flag: zero fast or not at all.
+    pub const FAST_ZERO: u16 = 16;
+    /// Flag: the length is that of a payload.
+    pub const PAYLOAD_LEN: u16 = 32;
 }
 
 /// Error numbers of replies.
@@ -73,12 +95,29 @@ pub mod errno {
     pub const EINVAL: u32 = 22;
     /// No space.
     pub const ENOSPC: u32 = 28;
+    /// Too large.
+    pub const EOVERFLOW: u32 = 75;
+    /// Not supported.
+    pub const ENOTSUP: u32 = 95;
 }
 
 /// A stream of either kind.
-trait Channel: Read + Write + Send {}
-impl Channel for UnixStream {}
-impl Channel for TcpStream {}
+trait Channel: Read + Write + Send {
+    /// Bounds every following write.
+    fn limit_writes(&self, limit: Duration) -> io::Result<()>;
+}
+
+impl Channel for UnixStream {
+    fn limit_writes(&self, limit: Duration) -> io::Result<()> {
+        self.set_write_timeout(Some(limit))
+    }
+}
+
+impl Channel for TcpStream {
+    fn limit_writes(&self, limit: Duration) -> io::Result<()> {
+        self.set_write_timeout(Some(limit))
+    }
+}
 
 /// A connection before and during the negotiation. Everything on it can be made wrong.
 pub struct Raw {
@@ -109,6 +148,12 @@ impl Raw {
 
     /// Sends bytes as they are.
     pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.channel.write_all(bytes)
+    }
+
+    /// Sends bytes as they are, and fails rather than wait long for the peer to take them.
+    pub fn send_now(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.channel.limit_writes(Duration::from_millis(500))?;
         self.channel.write_all(bytes)
     }
 
@@ -214,11 +259,34 @@ pub fn request_bytes(flags: u16, number: u16, cookie: u64, offset: u64, length: 
     bytes
 }
 
-fn word(bytes: &[u8]) -> u32 {
+/// Data of LIST_META_CONTEXT and SET_META_CONTEXT.
+pub fn context_request(export: &str, queries: &[&str]) -> Vec<u8> {
+    let mut data = (export.len() as u32).to_be_bytes().to_vec();
+    data.extend_from_slice(export.as_bytes());
+    data.extend_from_slice(&(queries.len() as u32).to_be_bytes());
+    for query in queries {
+        data.extend_from_slice(&(query.len() as u32).to_be_bytes());
+        data.extend_from_slice(query.as_bytes());
+    }
+    data
+}
+
+/// Bytes of an extended request header.
+pub fn extended_bytes(flags: u16, number: u16, cookie: u64, offset: u64, length: u64) -> Vec<u8> {
+    let mut bytes = 0x21e4_1c71_u32.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&flags.to_be_bytes());
+    bytes.extend_from_slice(&number.to_be_bytes());
+    bytes.extend_from_slice(&cookie.to_be_bytes());
+    bytes.extend_from_slice(&offset.to_be_bytes());
+    bytes.extend_from_slice(&length.to_be_bytes());
+    bytes
+}
+
+pub(crate) fn word(bytes: &[u8]) -> u32 {
     u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
-fn broken(what: &str) -> io::Error {
+pub(crate) fn broken(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 

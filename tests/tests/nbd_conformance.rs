@@ -69,6 +69,26 @@ fn info_tells_block_sizes_and_leaves_the_negotiation_open() {
 }
 
 #[test]
+fn every_item_of_information_that_is_asked_for() {
+    let (site, _tracker) = site();
+    let mut raw = Raw::unix(&site.socket()).unwrap();
+    raw.greet(3).unwrap();
+    let wanted = [3, 1, 2, 77, u16::MAX];
+    let replies = raw.ask(option::INFO, &info_request("", &wanted)).unwrap();
+    let kinds: Vec<u8> = replies[..replies.len() - 1]
+        .iter()
+        .map(|reply| reply.1[1])
+        .collect();
+    assert_eq!(
+        kinds,
+        [0, 1, 3],
+        "export, name and block sizes; no description, nothing unknown"
+    );
+    assert_eq!(replies[1].1[2..], *b"disk", "the default export has a name");
+    assert_eq!(replies.last().unwrap().0, option::ACK);
+}
+
+#[test]
 fn list_names_every_export() {
     let site = Site::new(&[("first", MIB), ("second", 2 * MIB)]);
     let _tracker = site.start_tracker();
@@ -125,7 +145,7 @@ fn unknown_and_malformed_options_are_refused_and_the_negotiation_goes_on() {
     let (site, _tracker) = site();
     let mut raw = Raw::unix(&site.socket()).unwrap();
     raw.greet(3).unwrap();
-    for number in [99, 0, u32::MAX, option::STARTTLS] {
+    for number in [99, 0, 4, u32::MAX, option::STARTTLS] {
         let replies = raw.ask(number, b"abc").unwrap();
         assert!(replies.last().unwrap().0 & 0x8000_0000 != 0, "{number}");
     }
@@ -284,10 +304,14 @@ fn errors_past_the_end() {
 fn unknown_commands_and_flags_are_invalid() {
     let (site, _tracker) = site();
     let mut client = site.connect("disk");
-    for number in [5, 7, 8, 99, u16::MAX] {
+    // BLOCK_STATUS needs contexts, which need structured replies.
+    for number in [command::BLOCK_STATUS, 8, 99, u16::MAX] {
         refused(client.call(0, number, 0, 0, &[]), errno::EINVAL);
     }
-    for number in [command::READ, command::TRIM, command::FLUSH] {
+    for flag in [command::DF, command::PAYLOAD_LEN] {
+        refused(client.call(flag, command::READ, 0, 512, &[]), errno::EINVAL);
+    }
+    for number in [command::READ, command::TRIM, command::FLUSH, command::CACHE] {
         refused(client.call(1 << 15, number, 0, 0, &[]), errno::EINVAL);
     }
     refused(

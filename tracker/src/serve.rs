@@ -80,7 +80,10 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
 
     let disks = open_disks(options)?;
     let machine = open_machine(options, &disks)?;
-    let exports = disks.iter().map(|disk| export_of(disk)).collect();
+    let exports = disks
+        .iter()
+        .map(|disk| export_of(disk, options.tracking))
+        .collect();
     let engine = Arc::new(Engine::start(options.workers, disks, Arc::clone(&machine))?);
     let house = Arc::new(House {
         exports,
@@ -179,11 +182,12 @@ fn journal_path(options: &ServeOptions, disk: &Disk) -> PathBuf {
     }
 }
 
-fn export_of(disk: &Disk) -> Export {
+fn export_of(disk: &Disk, tracked: bool) -> Export {
     Export {
         name: disk.name().to_owned(),
         size_bytes: disk.size_bytes(),
         read_only: disk.read_only(),
+        tracked,
     }
 }
 
@@ -259,8 +263,8 @@ impl House {
             Ok(chosen)
         });
         match chosen {
-            Ok(Some(index)) => {
-                if let Err(error) = self.engine.serve(stream.into(), index) {
+            Ok(Some(session)) => {
+                if let Err(error) = self.engine.serve(stream.into(), session) {
                     tracing::error!("{}", error.chain());
                 }
             }

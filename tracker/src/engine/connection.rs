@@ -1,21 +1,27 @@
 //! One client's connection as its worker sees it: input not yet understood, requests in flight,
 //! output not yet sent.
 
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-
-use zerocopy::IntoBytes;
 
 use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
 use super::uring::{Piece, SendBatch};
+use crate::nbd::handshake::Session;
+use crate::nbd::reply::{Address, data_head, failure, hole, success};
 use crate::nbd::request::Request;
-use crate::nbd::wire::{ReplyError, SIMPLE_REPLY_BYTES, SimpleReply};
+use crate::nbd::wire::ReplyError;
 
 /// Requests of one connection that may be in flight; beyond it the socket is not read.
 const REQUESTS_MAX: usize = 1024;
-/// Payload of one connection in flight or waiting to be sent, in bytes; one request may exceed it.
+/// BLOCK_STATUS of one connection that may be in flight: all connections of a worker share one
+/// thread for them, and each may take a while.
+const STATUS_REQUESTS_MAX: usize = 8;
+/// Payload of one connection in flight and its output that is not sent, in bytes; one request may
+/// exceed it. So a client that never reads its replies costs no more.
 const PAYLOAD_BYTES_MAX: usize = 32 << 20;
-/// Emptied pieces of output kept for reuse.
+/// Emptied pieces of output kept for reuse, and the largest that is kept.
 const SPARE_MAX: usize = 4;
+const SPARE_BYTES_MAX: usize = 64 << 10;
 /// Data size of the input buffer.
 pub const INPUT_BYTES: usize = 256 << 10;
 
@@ -69,8 +75,11 @@ impl Input {
 /// One connection. It stays on its worker.
 pub struct Connection {
     socket: OwnedFd,
-    /// Index of the disk that it chose.
-    pub disk: usize,
+    /// What it negotiated; the export is the index of the disk.
+    pub session: Session,
+    /// A range that is known to hold data, so that READs in it need no search for holes. It may
+    /// have been dug out since: then its zeroes are sent as data.
+    pub known_data: Range<u64>,
     /// The input buffer; `None` while the kernel fills it.
     pub input: Option<Input>,
     /// A payload that is being received.
@@ -89,7 +98,9 @@ pub struct Connection {
     pub sending: bool,
     /// Requests that have not been answered.
     pub requests: usize,
-    /// Payload bytes of requests and of output that is not sent.
+    /// How many of them are BLOCK_STATUS.
+    pub status_requests: usize,
+    /// Payload bytes of requests, and bytes of output that is not sent.
     pub payload_bytes: usize,
     /// Nothing more is received: the client left, or the server stops.
     pub closing: bool,
@@ -101,10 +112,11 @@ pub struct Connection {
 
 impl Connection {
     /// A connection that has just been negotiated.
-    pub fn new(socket: OwnedFd, disk: usize, buffer: Buffer) -> Self {
+    pub fn new(socket: OwnedFd, session: Session, buffer: Buffer) -> Self {
         Self {
             socket,
-            disk,
+            session,
+            known_data: 0..0,
             input: Some(Input {
                 buffer,
                 start: 0,
@@ -118,6 +130,7 @@ impl Connection {
             spare_bytes: Vec::new(),
             sending: false,
             requests: 0,
+            status_requests: 0,
             payload_bytes: 0,
             closing: false,
             broken: false,
@@ -137,7 +150,9 @@ impl Connection {
 
     /// As much is in flight as one connection may have.
     pub fn is_full(&self) -> bool {
-        self.requests >= REQUESTS_MAX || self.payload_bytes >= PAYLOAD_BYTES_MAX
+        self.requests >= REQUESTS_MAX
+            || self.payload_bytes >= PAYLOAD_BYTES_MAX
+            || self.status_requests >= STATUS_REQUESTS_MAX
     }
 
     /// Nothing is in flight any more and nothing can follow.
@@ -149,17 +164,42 @@ impl Connection {
             && (self.broken || self.output.is_empty())
     }
 
-    /// Queues a reply without data.
-    pub fn reply(&mut self, cookie: [u8; 8], error: Option<ReplyError>) {
-        let reply = SimpleReply::new(cookie, error);
-        match self.output.last_bytes() {
-            Some(bytes) => bytes.extend_from_slice(reply.as_bytes()),
-            None => {
-                let mut bytes = self.spare_bytes.pop().unwrap_or_default();
-                bytes.extend_from_slice(reply.as_bytes());
-                self.output.push(Piece::Bytes(bytes));
-            }
+    /// Adds what `write` writes behind the output.
+    fn add(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        if let Some(bytes) = self.output.last_bytes() {
+            let before = bytes.len();
+            write(bytes);
+            self.payload_bytes += bytes.len() - before;
+        } else {
+            let mut bytes = self.spare_bytes.pop().unwrap_or_default();
+            write(&mut bytes);
+            self.reply_with_bytes(bytes);
         }
+    }
+
+    /// Queues the reply to a request that succeeded and has no data.
+    pub fn succeed(&mut self, request: &Request) {
+        let (mode, address) = (self.session.mode, request.address());
+        self.add(|out| success(mode, address, request.is_read(), out));
+    }
+
+    /// Queues the reply to a request that failed, at an offset where that is known.
+    pub fn fail(&mut self, address: Address, error: ReplyError, text: &str, offset: Option<u64>) {
+        let mode = self.session.mode;
+        self.add(|out| failure(mode, address, error, text, offset, out));
+    }
+
+    /// Queues the part of a READ's reply that says that a range is zero.
+    pub fn reply_with_hole(&mut self, request: &Request, range: Range<u64>) {
+        let (mode, done) = (self.session.mode, range.end == request.end());
+        let length = (range.end - range.start) as u32;
+        self.add(|out| hole(mode, request.address(), range.start, length, done, out));
+    }
+
+    /// Queues bytes that are a whole reply.
+    pub fn reply_with_bytes(&mut self, reply: Vec<u8>) {
+        self.payload_bytes += reply.len();
+        self.output.push(Piece::Bytes(reply));
     }
 
     /// Takes over a batch of which `sent_bytes` more have left: what is done with goes to the
@@ -168,25 +208,29 @@ impl Connection {
         let (payload_bytes, spare_bytes) = (&mut self.payload_bytes, &mut self.spare_bytes);
         batch.advance(sent_bytes, |piece| match piece {
             Piece::Bytes(mut bytes) => {
+                *payload_bytes -= bytes.len();
                 bytes.clear();
-                if spare_bytes.len() < SPARE_MAX {
+                if spare_bytes.len() < SPARE_MAX && bytes.capacity() <= SPARE_BYTES_MAX {
                     spare_bytes.push(bytes);
                 }
             }
             Piece::Data(buffer, range) => {
-                *payload_bytes -= range.len() - SIMPLE_REPLY_BYTES;
+                *payload_bytes -= range.end - HEAD_BYTES;
                 pool.put(buffer);
             }
         });
     }
 
-    /// Queues the reply to a READ whose data lie in the buffer from [`HEAD_BYTES`] on.
-    pub fn reply_with_data(&mut self, cookie: [u8; 8], mut buffer: Buffer, length: usize) {
-        let head = HEAD_BYTES - SIMPLE_REPLY_BYTES;
-        let reply = SimpleReply::new(cookie, None);
-        buffer.bytes_mut()[head..HEAD_BYTES].copy_from_slice(reply.as_bytes());
-        self.payload_bytes += length;
-        self.output
-            .push(Piece::Data(buffer, head..HEAD_BYTES + length));
+    /// Queues the part of a READ's reply whose data lie in the buffer from [`HEAD_BYTES`] on.
+    pub fn reply_with_data(&mut self, request: &Request, range: Range<u64>, mut buffer: Buffer) {
+        let (mode, done) = (self.session.mode, range.end == request.end());
+        let length = (range.end - range.start) as u32;
+        let head = data_head(mode, request.address(), range.start, length, done);
+        let head = head.as_slice();
+        let start = HEAD_BYTES - head.len();
+        buffer.bytes_mut()[start..HEAD_BYTES].copy_from_slice(head);
+        self.payload_bytes += length as usize;
+        let end = HEAD_BYTES + length as usize;
+        self.output.push(Piece::Data(buffer, start..end));
     }
 }

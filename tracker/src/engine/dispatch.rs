@@ -6,39 +6,42 @@
 //! each other, as the NBD specification allows. A FLUSH is a sync of the file, which covers every
 //! write that was answered on any connection.
 //!
+//! A request is worked at in parts, one after the other (`operation`): each part that changes the
+//! disk is admitted by itself, so that no cut waits for a TRIM of terabytes; a READ with a
+//! structured reply sends each hole as such and reads the data between them. A request is answered
+//! when its last part is done.
+//!
 //! Crash consistency: SIGKILL after admission leaves the record in the page cache of the journal,
 //! whether or not the data followed. See `journal` for the rest.
 //!
 //! What it does not handle: validity (`nbd::request`), the steps of a request on the disk
-//! (`operation`), epochs.
+//! (`operation`), BLOCK_STATUS (`status`), epochs.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use zerocopy::FromBytes;
-
 use super::buffer::{Buffer, HEAD_BYTES};
 use super::connection::{Connection, Input, Payload};
 use super::operation::{INLINE_BYTES_MAX, Operation, Outcome, tracked, write_now};
+use super::status::Job;
+use super::survey::Survey;
 use super::uring::Held;
 use super::worker::{TAG_DISK, Worker};
 use crate::extent::{Epoch, Extent};
-use crate::nbd::request::{Command, ExportLimits, Request, Verdict, validate};
-use crate::nbd::wire::{REQUEST_BYTES, REQUEST_MAGIC, ReplyError, RequestHeader};
+use crate::nbd::reply::Address;
+use crate::nbd::request::{Command, Request, Terms, Verdict, validate, validate_block_status};
+use crate::nbd::wire::{Mode, ReplyError, RequestHeader};
 
-/// Bytes that a request moves over the socket.
-fn payload_bytes(request: &Request) -> usize {
-    match request.command {
-        Command::Read | Command::Write => request.length as usize,
-        _ => 0,
-    }
-}
+/// Shortest READ for which holes are searched; the zeroes of a shorter one cost less than that.
+const SEARCHED_BYTES_MIN: u64 = 32 << 10;
+/// Parts after which the rest of a READ is taken for data.
+const READ_PARTS_MAX: u32 = 32;
 
 impl Worker {
     /// Takes whole requests from the input until it runs out or enough is in flight.
     pub(super) fn understand(&mut self, index: usize, connection: &mut Connection) {
         if let Some(payload) = connection.payload.take() {
-            if payload.received < payload.request.length as usize {
+            if payload.received < payload.request.payload_bytes() {
                 connection.payload = (!connection.closing).then_some(payload);
                 return;
             }
@@ -56,43 +59,75 @@ impl Worker {
                     break;
                 }
             }
-            let Ok((header, _)) = RequestHeader::read_from_prefix(input.pending()) else {
+            if !self.understand_one(index, connection, &mut input) {
                 break;
-            };
-            if header.magic.get() != REQUEST_MAGIC {
-                // What follows cannot be told apart any more. The connection closes.
-                connection.closing = true;
-                break;
-            }
-            input.start += REQUEST_BYTES;
-            let disk = &self.shared.disks[connection.disk];
-            let limits = ExportLimits {
-                size_bytes: disk.size_bytes(),
-                read_only: disk.read_only(),
-            };
-            match validate(&header, limits) {
-                Verdict::Disconnect => connection.closing = true,
-                Verdict::Refuse { error, skip_bytes } => {
-                    connection.skip_bytes = skip_bytes;
-                    self.counters.errors.fetch_add(1, Ordering::Relaxed);
-                    connection.reply(header.cookie, Some(error));
-                }
-                Verdict::Accept(request) => {
-                    let available = input.pending().len();
-                    let small = request.length as usize <= INLINE_BYTES_MAX;
-                    if request.command == Command::Write
-                        && small
-                        && available < request.length as usize
-                    {
-                        // The rest comes with the next receive, together with what follows it.
-                        input.start -= REQUEST_BYTES;
-                        break;
-                    }
-                    self.accept(index, connection, &mut input, request);
-                }
             }
         }
         connection.input = Some(input);
+    }
+
+    /// Takes one request from the input; `false` if none can be taken now.
+    fn understand_one(
+        &mut self,
+        index: usize,
+        connection: &mut Connection,
+        input: &mut Input,
+    ) -> bool {
+        let mode = connection.session.mode;
+        let header = match RequestHeader::decode(mode, input.pending()) {
+            Ok(Some(header)) => header,
+            Ok(None) => return false,
+            Err(_) => {
+                // What follows cannot be told apart any more. The connection closes.
+                connection.closing = true;
+                return false;
+            }
+        };
+        let disk = &self.shared.disks[connection.session.export];
+        let terms = Terms {
+            size_bytes: disk.size_bytes(),
+            read_only: disk.read_only(),
+            mode,
+            contexts: connection.session.contexts,
+        };
+        let mut taken_bytes = RequestHeader::bytes_in(mode);
+        let mut verdict = validate(&header, &terms);
+        if let Verdict::NeedsPayload { payload_bytes } = verdict {
+            let end = taken_bytes + payload_bytes;
+            let Some(payload) = input.pending().get(taken_bytes..end) else {
+                // It comes with the next receive.
+                return false;
+            };
+            verdict = validate_block_status(&header, payload, &terms);
+            taken_bytes = end;
+        }
+        if let Verdict::Accept(request) = &verdict
+            && request.command == Command::Write
+            && request.length <= INLINE_BYTES_MAX as u64
+            && input.pending().len() - taken_bytes < request.payload_bytes()
+        {
+            // The rest comes with the next receive, together with what follows it.
+            return false;
+        }
+        input.start += taken_bytes;
+        match verdict {
+            Verdict::Accept(request) => self.accept(index, connection, input, request),
+            Verdict::Refuse {
+                error,
+                reason,
+                skip_bytes,
+            } => {
+                connection.skip_bytes = skip_bytes;
+                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+                let (cookie, offset) = (header.cookie, header.offset);
+                connection.fail(Address { cookie, offset }, error, reason, None);
+            }
+            // Nothing can follow a payload that nobody may send, no more than a goodbye.
+            Verdict::Disconnect | Verdict::Violation | Verdict::NeedsPayload { .. } => {
+                connection.closing = true;
+            }
+        }
+        true
     }
 
     fn accept(
@@ -102,26 +137,52 @@ impl Worker {
         input: &mut Input,
         request: Request,
     ) {
-        let length = request.length as usize;
-        if length == 0 && request.command != Command::Flush {
+        if request.length == 0 && request.command != Command::Flush {
             // The specification leaves the effect open; doing nothing is what clients expect.
-            connection.reply(request.cookie, None);
+            connection.succeed(&request);
             return;
         }
         let counter = match request.command {
-            Command::Read => &self.counters.reads,
+            Command::Read { .. } => &self.counters.reads,
             Command::Write => &self.counters.writes,
             _ => &self.counters.others,
         };
         counter.fetch_add(1, Ordering::Relaxed);
         match request.command {
             Command::Write => self.accept_write(index, connection, input, request),
-            Command::Read => match self.pool.take(length) {
-                Ok(buffer) => self.begin(index, connection, request, Some(buffer)),
-                Err(_) => connection.reply(request.cookie, Some(ReplyError::NoMemory)),
-            },
+            Command::BlockStatus { contexts, one } => {
+                let job = Job {
+                    connection: index,
+                    disk: connection.session.export,
+                    mode: connection.session.mode,
+                    request,
+                    contexts,
+                    one,
+                };
+                if self.jobs.send(job).is_ok() {
+                    connection.requests += 1;
+                    connection.status_requests += 1;
+                } else {
+                    self.refuse(connection, &request, ReplyError::NoMemory);
+                }
+            }
             _ => self.begin(index, connection, request, None),
         }
+    }
+
+    /// What BLOCK_STATUS found, as a whole reply.
+    pub(super) fn status_found(&mut self, index: usize, reply: Vec<u8>) {
+        if let Some(Some(connection)) = self.connections.get_mut(index) {
+            connection.requests -= 1;
+            connection.status_requests -= 1;
+            connection.reply_with_bytes(reply);
+            self.touch(index);
+        }
+    }
+
+    fn refuse(&self, connection: &mut Connection, request: &Request, error: ReplyError) {
+        self.counters.errors.fetch_add(1, Ordering::Relaxed);
+        connection.fail(request.address(), error, error.text(), None);
     }
 
     fn accept_write(
@@ -131,17 +192,21 @@ impl Worker {
         input: &mut Input,
         request: Request,
     ) {
-        let length = request.length as usize;
+        let length = request.payload_bytes();
         let available = input.pending().len().min(length);
-        if available == length && self.writes_inline(connection.disk, &request) {
-            let outcome = self.write_inline(connection.disk, &request, &input.pending()[..length]);
+        let disk = connection.session.export;
+        if available == length && self.writes_inline(disk, &request) {
+            let outcome = self.write_inline(disk, &request, &input.pending()[..length]);
             input.start += length;
-            connection.reply(request.cookie, outcome.err());
+            match outcome {
+                Ok(()) => connection.succeed(&request),
+                Err(error) => connection.fail(request.address(), error, error.text(), None),
+            }
             return;
         }
         let Ok(mut buffer) = self.pool.take(length) else {
-            connection.skip_bytes = request.length;
-            connection.reply(request.cookie, Some(ReplyError::NoMemory));
+            connection.skip_bytes = length as u32;
+            self.refuse(connection, &request, ReplyError::NoMemory);
             return;
         };
         buffer.bytes_mut()[HEAD_BYTES..HEAD_BYTES + available]
@@ -158,7 +223,7 @@ impl Worker {
         }
     }
 
-    /// Admits a request and submits its first disk operation.
+    /// Begins a request; the payload of a WRITE is in the buffer.
     fn begin(
         &mut self,
         index: usize,
@@ -167,20 +232,38 @@ impl Worker {
         buffer: Option<Buffer>,
     ) {
         connection.requests += 1;
-        connection.payload_bytes += payload_bytes(&request);
-        let disk = Arc::clone(&self.shared.disks[connection.disk]);
-        let epoch = self.admit(connection.disk, &request);
-        let mut operation = Operation::new(index, connection.disk, request, epoch, buffer);
+        connection.payload_bytes += request.payload_bytes();
+        let disk = connection.session.export;
+        self.proceed(connection, Operation::new(index, disk, request, buffer));
+    }
+
+    /// Works at one part after the other until one waits for the disk or none is left.
+    fn proceed(&mut self, connection: &mut Connection, mut operation: Operation) {
+        let disk = Arc::clone(&self.shared.disks[operation.disk]);
         let slot = self.idle_operations.pop().unwrap_or_else(|| {
             self.operations.push(None);
             self.operations.len() - 1
         });
-        let outcome = operation.start(&disk, &mut self.ring, TAG_DISK | slot as u64);
-        match outcome {
-            Outcome::Pending => self.operations[slot] = Some(operation),
-            Outcome::Done(result) => {
-                self.idle_operations.push(slot);
-                self.finish(connection, operation, result);
+        loop {
+            let started = match self.prepare(connection, &mut operation) {
+                Ok(true) => operation.start(&disk, &mut self.ring, TAG_DISK | slot as u64),
+                Ok(false) => {
+                    self.idle_operations.push(slot);
+                    return self.settle(connection, &operation.request, Ok(()));
+                }
+                Err(error) => Outcome::Done(Err(error)),
+            };
+            match started {
+                Outcome::Pending => {
+                    self.operations[slot] = Some(operation);
+                    return;
+                }
+                Outcome::Done(result) => {
+                    if !self.part_done(connection, &mut operation, result) {
+                        self.idle_operations.push(slot);
+                        return;
+                    }
+                }
             }
         }
     }
@@ -199,7 +282,9 @@ impl Worker {
                 let index = operation.connection;
                 if let Some(mut connection) = self.connections.get_mut(index).and_then(Option::take)
                 {
-                    self.finish(&mut connection, operation, result);
+                    if self.part_done(&mut connection, &mut operation, result) {
+                        self.proceed(&mut connection, operation);
+                    }
                     self.connections[index] = Some(connection);
                     self.touch(index);
                 }
@@ -207,50 +292,116 @@ impl Worker {
         }
     }
 
-    /// Answers an operation and gives its epoch back.
-    fn finish(
+    /// Sets the next part up: its range, memory and admission. `false` if a hole was the last.
+    fn prepare(
         &mut self,
         connection: &mut Connection,
-        operation: Operation,
-        result: Result<(), ReplyError>,
-    ) {
-        let Operation {
-            disk,
-            request,
-            epoch,
-            buffer,
-            sync_failed,
-            ..
-        } = operation;
-        if sync_failed {
-            self.distrust(disk);
+        operation: &mut Operation,
+    ) -> Result<bool, ReplyError> {
+        let (mut start, mut end) = (operation.part.end, operation.request.end());
+        if operation.request.is_read() {
+            if self.searches_holes(connection, operation) {
+                (start, end) = self.skip_hole(connection, operation, start, end);
+                if start == end {
+                    return Ok(false);
+                }
+            }
+            let buffer = self.pool.take((end - start) as usize);
+            operation.buffer = Some(buffer.map_err(|_| ReplyError::NoMemory)?);
         }
-        if let Some(epoch) = epoch {
+        operation.set_part(start, end);
+        let length = operation.part_bytes() as u64;
+        operation.epoch = self.admit(operation.disk, operation.request.command, start, length);
+        Ok(true)
+    }
+
+    /// Gives back what a part held, and answers the request if it failed or that was its last part.
+    /// Returns whether parts are left.
+    fn part_done(
+        &mut self,
+        connection: &mut Connection,
+        operation: &mut Operation,
+        result: Result<(), ReplyError>,
+    ) -> bool {
+        if operation.sync_failed {
+            self.distrust(operation.disk);
+        }
+        if let Some(epoch) = operation.epoch.take() {
             self.shared.machine.complete(self.number, epoch);
         }
-        connection.requests -= 1;
-        let length = request.length as usize;
-        connection.payload_bytes -= payload_bytes(&request);
-        self.count_bytes(&request, result);
-        match (request.command, result, buffer) {
-            (Command::Read, Ok(()), Some(buffer)) => {
-                connection.reply_with_data(request.cookie, buffer, length);
+        let request = operation.request;
+        match (operation.buffer.take(), result) {
+            (Some(buffer), Ok(())) if request.is_read() => {
+                connection.reply_with_data(&request, operation.part.clone(), buffer);
             }
-            (_, result, buffer) => {
-                if let Some(buffer) = buffer {
-                    self.pool.put(buffer);
-                }
-                connection.reply(request.cookie, result.err());
-            }
+            (Some(buffer), _) => self.pool.put(buffer),
+            (None, _) => {}
         }
+        if result.is_ok() && !operation.is_complete() {
+            return true;
+        }
+        if let Err(error) = result {
+            // What was read before this part is good.
+            let offset = request.is_read().then_some(operation.part.start);
+            connection.fail(request.address(), error, error.text(), offset);
+        } else if !request.is_read() {
+            connection.succeed(&request);
+        }
+        self.settle(connection, &request, result);
+        false
+    }
+
+    /// A request that was begun is answered.
+    fn settle(
+        &self,
+        connection: &mut Connection,
+        request: &Request,
+        result: Result<(), ReplyError>,
+    ) {
+        connection.requests -= 1;
+        connection.payload_bytes -= request.payload_bytes();
+        self.count_bytes(request, result);
+    }
+}
+
+/// Holes in what is read.
+impl Worker {
+    fn searches_holes(&self, connection: &Connection, operation: &Operation) -> bool {
+        let request = &operation.request;
+        request.command == Command::Read { whole: false }
+            && connection.session.mode != Mode::Simple
+            && request.length >= SEARCHED_BYTES_MIN
+            && operation.parts < READ_PARTS_MAX
+    }
+
+    /// Sends the hole at `start`, if there is one, and returns the data after it.
+    fn skip_hole(
+        &mut self,
+        connection: &mut Connection,
+        operation: &Operation,
+        start: u64,
+        end: u64,
+    ) -> (u64, u64) {
+        if connection.known_data.start <= start && end <= connection.known_data.end {
+            return (start, end);
+        }
+        let disk = operation.disk;
+        let survey =
+            self.surveys[disk].get_or_insert_with(|| Survey::new(&self.shared.disks[disk]));
+        let run = survey.run(start, end);
+        connection.known_data = run.hole_end..run.data_end;
+        if run.hole_end > start {
+            connection.reply_with_hole(&operation.request, start..run.hole_end);
+        }
+        (run.hole_end, run.data_end)
     }
 }
 
 /// What concerns the disk and its tracking.
 impl Worker {
-    fn admit(&self, disk: usize, request: &Request) -> Option<Epoch> {
-        let operation = tracked(request.command)?;
-        let extent = Extent::covering(request.offset, u64::from(request.length));
+    fn admit(&self, disk: usize, command: Command, offset: u64, length: u64) -> Option<Epoch> {
+        let operation = tracked(command)?;
+        let extent = Extent::covering(offset, length);
         Some(
             self.shared
                 .machine
@@ -259,13 +410,13 @@ impl Worker {
     }
 
     fn writes_inline(&self, disk: usize, request: &Request) -> bool {
-        request.length as usize <= INLINE_BYTES_MAX
+        request.length <= INLINE_BYTES_MAX as u64
             && !request.force_unit_access
             && self.shared.disks[disk].inline_writes()
     }
 
     fn write_inline(&self, disk: usize, request: &Request, data: &[u8]) -> Result<(), ReplyError> {
-        let epoch = self.admit(disk, request);
+        let epoch = self.admit(disk, request.command, request.offset, request.length);
         let result = write_now(&self.shared.disks[disk], request.offset, data);
         if let Some(epoch) = epoch {
             self.shared.machine.complete(self.number, epoch);
@@ -280,11 +431,11 @@ impl Worker {
                 self.counters.errors.fetch_add(1, Ordering::Relaxed);
                 return;
             }
-            (Command::Read, Ok(())) => &self.counters.read_bytes,
+            (Command::Read { .. }, Ok(())) => &self.counters.read_bytes,
             (Command::Write, Ok(())) => &self.counters.written_bytes,
             _ => return,
         };
-        counter.fetch_add(u64::from(request.length), Ordering::Relaxed);
+        counter.fetch_add(request.length, Ordering::Relaxed);
     }
 
     /// After a failed sync the kernel has dropped pages that never reached the disk: what the disk

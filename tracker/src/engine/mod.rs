@@ -7,11 +7,13 @@ mod buffer;
 mod connection;
 mod dispatch;
 mod operation;
+mod status;
+mod survey;
 mod uring;
 mod worker;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk::Disk;
 use crate::epoch::Machine;
 use crate::error::{Error, ErrorKind, Result};
+use crate::nbd::handshake::Session;
 use uring::Ring;
 use worker::{Counters, Order, Shared, Worker};
 
@@ -42,7 +45,7 @@ pub struct EngineStatus {
     pub reads: u64,
     /// WRITE requests.
     pub writes: u64,
-    /// TRIM, WRITE_ZEROES and FLUSH requests.
+    /// All other requests.
     pub others: u64,
     /// Bytes read by clients.
     pub read_bytes: u64,
@@ -89,7 +92,11 @@ impl Engine {
     ///
     /// A thread or its io_uring cannot be had.
     pub fn start(count: usize, disks: Vec<Arc<Disk>>, machine: Arc<Machine>) -> Result<Self> {
-        let shared = Arc::new(Shared { disks, machine });
+        let shared = Arc::new(Shared {
+            disks,
+            machine,
+            draining: AtomicBool::new(false),
+        });
         let mut engine = Self {
             workers: Vec::new(),
             ring_features: Vec::new(),
@@ -107,7 +114,7 @@ impl Engine {
     /// # Errors
     ///
     /// The worker has stopped.
-    pub fn serve(&self, socket: OwnedFd, disk: usize) -> Result<()> {
+    pub fn serve(&self, socket: OwnedFd, session: Session) -> Result<()> {
         let least = self.workers.iter().min_by_key(|worker| {
             (
                 worker.counters.connections.load(Ordering::Relaxed),
@@ -116,7 +123,7 @@ impl Engine {
         });
         let Some(worker) = least else { return Ok(()) };
         worker.assigned.fetch_add(1, Ordering::Relaxed);
-        worker.order(Order::Serve(socket, disk))
+        worker.order(Order::Serve(socket, session))
     }
 
     /// Sums of all workers.
@@ -193,6 +200,12 @@ fn start_worker(number: usize, shared: Arc<Shared>) -> Result<(WorkerHandle, Vec
     );
     let counters = Arc::new(Counters::default());
     let (thread_wake, thread_counters) = (Arc::clone(&wake), Arc::clone(&counters));
+    let jobs = status::start(
+        number,
+        Arc::clone(&shared),
+        orders.clone(),
+        Arc::clone(&wake),
+    )?;
     let thread = std::thread::Builder::new()
         .name(format!("worker-{number}"))
         .spawn(move || {
@@ -210,7 +223,8 @@ fn start_worker(number: usize, shared: Arc<Shared>) -> Result<(WorkerHandle, Vec
                 .map(|name| (*name).to_owned())
                 .collect();
             let _receiver_gone = ready.send(Ok(features));
-            Worker::new(number, ring, shared, thread_counters, receiver, thread_wake).run()
+            let (counters, wake) = (thread_counters, thread_wake);
+            Worker::new(number, ring, shared, counters, receiver, wake, jobs).run()
         })
         .map_err(|error| Error::io("Cannot start a worker thread", error))?;
     let features: Vec<String> = is_ready

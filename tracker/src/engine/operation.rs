@@ -2,7 +2,10 @@
 //!
 //! Order: data first, then, for a request with FUA, the sync; a step begins when the one before
 //! has completed. A range to be made zero is punched out (or, with NO_HOLE, zeroed in place); where
-//! the file system can do neither, zeroes are written.
+//! the file system can do neither, zeroes are written, unless FAST_ZERO forbids it.
+//!
+//! A request is worked at in parts, one after the other: a long TRIM or WRITE_ZEROES in bounded
+//! pieces, a READ from one hole to the next. Who drives the parts is `dispatch`.
 //!
 //! Errors of the disk go to the client as they are. A failed sync is never retried: the kernel
 //! calls the pages clean that it failed to write, so a second sync would succeed over lost data.
@@ -25,11 +28,18 @@ pub const INLINE_BYTES_MAX: usize = 64 << 10;
 /// Zeroes that are written at once where a range cannot be punched out.
 const ZERO_BYTES: usize = 256 << 10;
 
+/// Most bytes of a TRIM, WRITE_ZEROES or CACHE that are worked at in one part: so much is done in
+/// one call of the kernel, and so much a cut of an epoch may have to wait for.
+const PART_BYTES_MAX: u64 = 1 << 30;
+/// Most bytes that one CACHE brings into the page cache; it is advice, and more would drive out
+/// what others use.
+const CACHE_BYTES_MAX: u64 = 64 << 20;
+
 /// How a step left an operation.
 pub enum Outcome {
     /// Another step is in flight.
     Pending,
-    /// The request can be answered.
+    /// The part is done.
     Done(Result<(), ReplyError>),
 }
 
@@ -38,6 +48,7 @@ enum Step {
     Transfer,
     Allocate,
     Zero,
+    Prefetch,
     Sync,
 }
 
@@ -49,9 +60,13 @@ pub struct Operation {
     pub disk: usize,
     /// What was asked.
     pub request: Request,
-    /// The epoch that admission stamped, if the request changes the disk.
+    /// The bytes that are being worked at; what lies before them is done.
+    pub part: Range<u64>,
+    /// Parts that were begun.
+    pub parts: u32,
+    /// The epoch that admission stamped, if the part changes the disk.
     pub epoch: Option<Epoch>,
-    /// Data from [`HEAD_BYTES`] on; gone while the kernel has them.
+    /// Data of the part from [`HEAD_BYTES`] on; gone while the kernel has them.
     pub buffer: Option<Buffer>,
     /// A sync that belonged to this request failed.
     pub sync_failed: bool,
@@ -65,7 +80,9 @@ pub fn tracked(command: Command) -> Option<epoch::Operation> {
         Command::Write => Some(epoch::Operation::Write),
         Command::Trim => Some(epoch::Operation::Trim),
         Command::WriteZeroes { .. } => Some(epoch::Operation::WriteZeroes),
-        Command::Read | Command::Flush => None,
+        Command::Read { .. } | Command::Flush | Command::Cache | Command::BlockStatus { .. } => {
+            None
+        }
     }
 }
 
@@ -78,31 +95,46 @@ pub fn write_now(disk: &Disk, offset: u64, data: &[u8]) -> Result<(), ReplyError
 
 impl Operation {
     /// An operation that has not begun.
-    pub fn new(
-        connection: usize,
-        disk: usize,
-        request: Request,
-        epoch: Option<Epoch>,
-        buffer: Option<Buffer>,
-    ) -> Self {
-        let step = match request.command {
-            Command::Read | Command::Write => Step::Transfer,
-            Command::Trim | Command::WriteZeroes { .. } => Step::Allocate,
-            Command::Flush => Step::Sync,
-        };
+    pub fn new(connection: usize, disk: usize, request: Request, buffer: Option<Buffer>) -> Self {
         Self {
             connection,
             disk,
             request,
-            epoch,
+            part: request.offset..request.offset,
+            parts: 0,
+            epoch: None,
             buffer,
             sync_failed: false,
             done_bytes: 0,
-            step,
+            step: Step::Transfer,
         }
     }
 
-    /// Submits the first step.
+    /// Whether every byte of the request is done.
+    pub fn is_complete(&self) -> bool {
+        self.part.end == self.request.end()
+    }
+
+    /// Goes on to the next part: up to `end`, or less where the command is long.
+    pub fn set_part(&mut self, start: u64, end: u64) {
+        let (step, bytes_max) = match self.request.command {
+            Command::Read { .. } | Command::Write => (Step::Transfer, u64::MAX),
+            Command::Trim | Command::WriteZeroes { .. } => (Step::Allocate, PART_BYTES_MAX),
+            Command::Cache => (Step::Prefetch, PART_BYTES_MAX),
+            Command::Flush | Command::BlockStatus { .. } => (Step::Sync, u64::MAX),
+        };
+        self.part = start..end.min(start.saturating_add(bytes_max));
+        self.parts += 1;
+        self.step = step;
+        self.done_bytes = 0;
+    }
+
+    /// Length of the part.
+    pub fn part_bytes(&self) -> usize {
+        (self.part.end - self.part.start) as usize
+    }
+
+    /// Submits the first step of the part.
     pub fn start(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
         self.submit(disk, ring, tag)
     }
@@ -127,13 +159,15 @@ impl Operation {
             (Step::Transfer | Step::Zero, Ok(0)) => Outcome::Done(Err(ReplyError::Io)),
             (Step::Transfer | Step::Zero, Ok(count)) => {
                 self.done_bytes += count;
-                if self.done_bytes < self.request.length as usize {
+                if self.done_bytes < self.part_bytes() {
                     self.submit(disk, ring, tag)
                 } else {
                     self.data_done(disk, ring, tag)
                 }
             }
             (Step::Allocate, Ok(_)) => self.data_done(disk, ring, tag),
+            // Advice that cannot be followed is no failure.
+            (Step::Prefetch, _) => Outcome::Done(Ok(())),
             (Step::Allocate, Err(_)) => self.allocation_failed(disk, ring, tag, -result),
             (Step::Sync, Ok(_)) => Outcome::Done(self.synced(disk)),
             (Step::Sync, Err(_)) => {
@@ -151,25 +185,20 @@ impl Operation {
     }
 
     fn submit(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
-        let Request {
-            command,
-            offset,
-            length,
-            force_unit_access,
-            ..
-        } = self.request;
+        let durable = self.request.force_unit_access;
+        let (offset, length) = (self.part.start, self.part_bytes());
         let file = disk.as_raw_fd();
         let at = offset + self.done_bytes as u64;
         match self.step {
             Step::Transfer => {
-                let range = HEAD_BYTES + self.done_bytes..HEAD_BYTES + length as usize;
+                let range = HEAD_BYTES + self.done_bytes..HEAD_BYTES + length;
                 let Some(buffer) = self.buffer.take() else {
                     return Outcome::Done(Err(ReplyError::NoMemory));
                 };
-                if command == Command::Read {
+                if self.request.is_read() {
                     ring.read(file, at, buffer, range, tag);
                 } else {
-                    ring.write(file, at, buffer, range, force_unit_access, tag);
+                    ring.write(file, at, buffer, range, durable, tag);
                 }
             }
             Step::Zero => {
@@ -177,10 +206,18 @@ impl Operation {
                 let Some(buffer) = self.buffer.take() else {
                     return Outcome::Done(Err(ReplyError::NoMemory));
                 };
-                ring.write(file, at, buffer, range, force_unit_access, tag);
+                ring.write(file, at, buffer, range, durable, tag);
             }
             Step::Allocate => {
-                ring.allocate(file, self.allocation_mode(), offset, u64::from(length), tag);
+                ring.allocate(file, self.allocation_mode(), offset, length as u64, tag);
+            }
+            Step::Prefetch => {
+                let begun = offset - self.request.offset;
+                let left = CACHE_BYTES_MAX.saturating_sub(begun).min(length as u64);
+                if left == 0 {
+                    return Outcome::Done(Ok(()));
+                }
+                ring.prefetch(file, offset, left as u32, tag);
             }
             Step::Sync => {
                 if disk.sync_failed() {
@@ -193,13 +230,12 @@ impl Operation {
     }
 
     fn zero_step(&self) -> usize {
-        let left: Range<usize> = self.done_bytes..self.request.length as usize;
-        left.len().min(ZERO_BYTES)
+        (self.part_bytes() - self.done_bytes).min(ZERO_BYTES)
     }
 
     fn allocation_mode(&self) -> i32 {
         match self.request.command {
-            Command::WriteZeroes { no_hole: true } => {
+            Command::WriteZeroes { no_hole: true, .. } => {
                 libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
             }
             _ => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
@@ -214,9 +250,14 @@ impl Operation {
         ) {
             return Outcome::Done(Err(ReplyError::from_errno(errno)));
         }
-        if self.request.command == Command::Trim {
+        match self.request.command {
             // A TRIM is advice; what is not supported is not done.
-            return Outcome::Done(Ok(()));
+            Command::Trim => return Outcome::Done(Ok(())),
+            // In a later part something was done already, and then the rest is done too.
+            Command::WriteZeroes { fast: true, .. } if self.parts == 1 => {
+                return Outcome::Done(Err(ReplyError::NotSupported));
+            }
+            _ => {}
         }
         self.step = Step::Zero;
         self.buffer = BufferPool::default().take(ZERO_BYTES).ok();

@@ -249,6 +249,15 @@ impl Ring {
         self.push(entry, tag, Held::Nothing);
     }
 
+    /// Has a range of a file brought into the page cache.
+    pub fn prefetch(&mut self, file: RawFd, offset: u64, length: u32, tag: u64) {
+        let advice = libc::POSIX_FADV_WILLNEED;
+        let entry = opcode::Fadvise::new(types::Fd(file), length.into(), advice)
+            .offset(offset)
+            .build();
+        self.push(entry, tag, Held::Nothing);
+    }
+
     /// Waits until a descriptor can be read.
     pub fn poll_readable(&mut self, descriptor: RawFd, tag: u64) {
         let entry = opcode::PollAdd::new(types::Fd(descriptor), libc::POLLIN as u32).build();

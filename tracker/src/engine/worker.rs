@@ -12,24 +12,34 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{Shutdown, shutdown};
 
 use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
 use super::connection::{Connection, INPUT_BYTES, Input, Payload, Receiving};
 use super::operation::Operation;
+use super::status::Job;
+use super::survey::Survey;
 use super::uring::{Completion, Held, Ring, SendBatch};
 use crate::disk::Disk;
 use crate::epoch::Machine;
 use crate::error::{Error, Result};
+use crate::nbd::handshake::Session;
 
 /// What a worker is told from outside.
 pub enum Order {
-    /// Serve this negotiated connection to the disk with this index.
-    Serve(OwnedFd, usize),
+    /// Serve this negotiated connection.
+    Serve(OwnedFd, Session),
+    /// Answer a BLOCK_STATUS of the connection with this index.
+    Status {
+        /// Index of the connection.
+        connection: usize,
+        /// The whole reply.
+        reply: Vec<u8>,
+    },
     /// Receive nothing more, finish what is in flight, then end.
     Drain,
     /// Cut the connections that are still there.
@@ -45,7 +55,7 @@ pub struct Counters {
     pub reads: AtomicU64,
     /// WRITE requests.
     pub writes: AtomicU64,
-    /// TRIM, WRITE_ZEROES and FLUSH requests.
+    /// All other requests.
     pub others: AtomicU64,
     /// Bytes read by clients.
     pub read_bytes: AtomicU64,
@@ -61,6 +71,8 @@ pub struct Shared {
     pub disks: Vec<Arc<Disk>>,
     /// Epochs and journals.
     pub machine: Arc<Machine>,
+    /// The workers have been told to end.
+    pub draining: AtomicBool,
 }
 
 const TAG_WAKE: u64 = 0;
@@ -77,6 +89,10 @@ pub struct Worker {
     pub(super) counters: Arc<Counters>,
     orders: Receiver<Order>,
     wake: Arc<EventFd>,
+    /// To the thread that answers BLOCK_STATUS.
+    pub(super) jobs: Sender<Job>,
+    /// Where the holes of each disk are searched.
+    pub(super) surveys: Vec<Option<Survey>>,
     pub(super) pool: BufferPool,
     pub(super) connections: Vec<Option<Box<Connection>>>,
     pub(super) operations: Vec<Option<Operation>>,
@@ -94,8 +110,11 @@ impl Worker {
         counters: Arc<Counters>,
         orders: Receiver<Order>,
         wake: Arc<EventFd>,
+        jobs: Sender<Job>,
     ) -> Self {
         Self {
+            jobs,
+            surveys: shared.disks.iter().map(|_| None).collect(),
             number,
             ring,
             shared,
@@ -151,9 +170,11 @@ impl Worker {
         self.ring.poll_readable(self.wake.as_raw_fd(), TAG_WAKE);
         while let Ok(order) = self.orders.try_recv() {
             match order {
-                Order::Serve(socket, disk) => self.adopt(socket, disk),
+                Order::Serve(socket, session) => self.adopt(socket, session),
+                Order::Status { connection, reply } => self.status_found(connection, reply),
                 Order::Drain => {
                     self.draining = true;
+                    self.shared.draining.store(true, Ordering::Release);
                     self.shut_sockets(Shutdown::Read);
                 }
                 Order::Abort => self.shut_sockets(Shutdown::Both),
@@ -172,12 +193,12 @@ impl Worker {
         }
     }
 
-    fn adopt(&mut self, socket: OwnedFd, disk: usize) {
+    fn adopt(&mut self, socket: OwnedFd, session: Session) {
         // Without memory for its input the connection is dropped; the client sees it close.
         let Ok(buffer) = self.pool.take(INPUT_BYTES) else {
             return;
         };
-        let mut connection = Box::new(Connection::new(socket, disk, buffer));
+        let mut connection = Box::new(Connection::new(socket, session, buffer));
         connection.closing = self.draining;
         let index = self
             .connections
@@ -275,7 +296,7 @@ impl Worker {
             received,
         }) = connection.payload.take()
         {
-            let range = HEAD_BYTES + received..HEAD_BYTES + request.length as usize;
+            let range = HEAD_BYTES + received..HEAD_BYTES + request.payload_bytes();
             self.ring.receive(socket, buffer, range, true, tag);
             connection.receiving = Receiving::Payload(request, received);
         } else if let Some(mut input) = connection.input.take() {

@@ -4,8 +4,10 @@
 //! thread of its own under one deadline for the whole negotiation, so that a silent or slow
 //! client costs nobody else. Nothing is allocated for a length before it has been checked.
 //!
-//! What it does not handle: structured replies, extended headers, meta contexts and TLS. They are
-//! answered as unsupported options, which the specification makes a client accept.
+//! What the options settle is kept in one [`Agreement`] until the client chooses an export.
+//!
+//! What it does not handle: TLS. It is answered as an unsupported option, which the specification
+//! makes a client accept.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
@@ -13,10 +15,11 @@ use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::listener::Stream;
+use super::metadata::{Context, ContextRequest, ContextSet, take_string};
 use super::request::PAYLOAD_BYTES_MAX;
 use super::wire::{
-    INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReplyHeader, handshake_flags,
-    info, option, option_reply, transmission_flags,
+    INIT_MAGIC, Mode, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReplyHeader,
+    STRING_BYTES_MAX, handshake_flags, info, option, option_reply, transmission_flags,
 };
 use crate::extent::BLOCK_SIZE;
 
@@ -26,9 +29,6 @@ pub const DEADLINE: Duration = Duration::from_secs(10);
 const OPTION_BYTES_MAX: u32 = 16 << 10;
 /// Options that one client may send; real ones need fewer than ten.
 const OPTIONS_MAX: u32 = 256;
-/// Longest export name, by the specification.
-const NAME_BYTES_MAX: usize = 4096;
-
 /// An export as the negotiation shows it.
 #[derive(Clone, Debug)]
 pub struct Export {
@@ -38,30 +38,92 @@ pub struct Export {
     pub size_bytes: u64,
     /// Writes are refused.
     pub read_only: bool,
+    /// A journal remembers its changes.
+    pub tracked: bool,
 }
 
 impl Export {
-    fn transmission_flags(&self) -> u16 {
+    fn transmission_flags(&self, mode: Mode, contexts: ContextSet) -> u16 {
         use transmission_flags as flags;
-        let common = flags::HAS_FLAGS | flags::SEND_FLUSH | flags::SEND_FUA | flags::CAN_MULTI_CONN;
+        let mut offered = flags::HAS_FLAGS
+            | flags::SEND_FLUSH
+            | flags::SEND_FUA
+            | flags::CAN_MULTI_CONN
+            | flags::SEND_CACHE;
         if self.read_only {
-            common | flags::READ_ONLY
+            offered |= flags::READ_ONLY;
         } else {
-            common | flags::SEND_TRIM | flags::SEND_WRITE_ZEROES
+            offered |= flags::SEND_TRIM | flags::SEND_WRITE_ZEROES | flags::SEND_FAST_ZERO;
+        }
+        if mode != Mode::Simple {
+            offered |= flags::SEND_DF;
+        }
+        if mode == Mode::Extended && !contexts.is_empty() {
+            offered |= flags::BLOCK_STATUS_PAYLOAD;
+        }
+        offered
+    }
+
+    /// The meta contexts that can be selected.
+    fn contexts(&self) -> ContextSet {
+        let mut available = ContextSet::NONE;
+        for context in Context::ALL {
+            if self.tracked || !context.tells_changes() {
+                available.insert(context);
+            }
+        }
+        available
+    }
+}
+
+/// What a client has chosen for its transmission phase.
+#[derive(Clone, Copy, Debug)]
+pub struct Session {
+    /// Index of the export.
+    pub export: usize,
+    /// The headers in use.
+    pub mode: Mode,
+    /// The meta contexts in use.
+    pub contexts: ContextSet,
+}
+
+/// What the options have settled so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Agreement {
+    /// The 124 zero bytes after EXPORT_NAME are left out.
+    no_zeroes: bool,
+    mode: Mode,
+    /// The export that contexts were selected for, and which.
+    selection: Option<(usize, ContextSet)>,
+}
+
+impl Agreement {
+    /// Contexts count only for the export that they were selected for.
+    fn session(&self, export: usize) -> Session {
+        let contexts = match self.selection {
+            Some((selected, contexts)) if selected == export => contexts,
+            _ => ContextSet::NONE,
+        };
+        let mode = self.mode;
+        Session {
+            export,
+            mode,
+            contexts,
         }
     }
 }
 
-/// Negotiates with one client. Returns the index of the export that it chose, or `None` when it
-/// took its leave in good order.
+/// Negotiates with one client. Returns what it chose, or `None` when it took its leave in good
+/// order.
 ///
 /// # Errors
 ///
 /// The peer broke the protocol, went away, or was slower than [`DEADLINE`].
-pub fn negotiate(stream: &Stream, exports: &[Export]) -> io::Result<Option<usize>> {
+pub fn negotiate(stream: &Stream, exports: &[Export]) -> io::Result<Option<Session>> {
     let mut channel = Channel {
         stream,
         deadline: Instant::now() + DEADLINE,
+        agreement: Agreement::default(),
     };
     let mut greeting = Vec::with_capacity(18);
     greeting.extend_from_slice(&INIT_MAGIC.to_be_bytes());
@@ -76,7 +138,7 @@ pub fn negotiate(stream: &Stream, exports: &[Export]) -> io::Result<Option<usize
     if client_flags & !u32::from(offered) != 0 {
         return Err(violation(format!("unknown client flags {client_flags:#x}")));
     }
-    let no_zeroes = client_flags & u32::from(handshake_flags::NO_ZEROES) != 0;
+    channel.agreement.no_zeroes = client_flags & u32::from(handshake_flags::NO_ZEROES) != 0;
 
     for _ in 0..OPTIONS_MAX {
         let mut header = [0; size_of::<OptionHeader>()];
@@ -89,9 +151,9 @@ pub fn negotiate(stream: &Stream, exports: &[Export]) -> io::Result<Option<usize
         let Some(data) = channel.receive_option_data(&header)? else {
             continue;
         };
-        match channel.answer(header.option.get(), &data, exports, no_zeroes)? {
+        match channel.answer(header.option.get(), &data, exports)? {
             Next::Option => {}
-            Next::Transmission(index) => return Ok(Some(index)),
+            Next::Transmission(session) => return Ok(Some(session)),
             Next::Close => return Ok(None),
         }
     }
@@ -101,7 +163,7 @@ pub fn negotiate(stream: &Stream, exports: &[Export]) -> io::Result<Option<usize
 /// What follows an answered option.
 enum Next {
     Option,
-    Transmission(usize),
+    Transmission(Session),
     Close,
 }
 
@@ -112,10 +174,11 @@ fn violation(what: String) -> io::Error {
     )
 }
 
-/// The socket under the deadline.
+/// The socket under the deadline, and what was settled over it.
 struct Channel<'a> {
     stream: &'a Stream,
     deadline: Instant,
+    agreement: Agreement,
 }
 
 impl Channel<'_> {
@@ -195,15 +258,15 @@ impl Channel<'_> {
         self.send(&message)
     }
 
-    fn answer(
-        &mut self,
-        number: u32,
-        data: &[u8],
-        exports: &[Export],
-        no_zeroes: bool,
-    ) -> io::Result<Next> {
+    /// Replies with an error and its text; the negotiation goes on.
+    fn refuse(&mut self, option: u32, kind: u32, text: &str) -> io::Result<Next> {
+        self.reply(option, kind, text.as_bytes())?;
+        Ok(Next::Option)
+    }
+
+    fn answer(&mut self, number: u32, data: &[u8], exports: &[Export]) -> io::Result<Next> {
         match number {
-            option::EXPORT_NAME => self.export_name(data, exports, no_zeroes),
+            option::EXPORT_NAME => self.export_name(data, exports),
             option::ABORT => {
                 // The client may have closed already; that is its right after ABORT.
                 let _gone = self.reply(number, option_reply::ACK, &[]);
@@ -211,44 +274,105 @@ impl Channel<'_> {
             }
             option::LIST => self.list(data, exports),
             option::INFO | option::GO => self.describe(number, data, exports),
+            option::STRUCTURED_REPLY => self.set_mode(number, data, Mode::Structured),
+            option::EXTENDED_HEADERS => self.set_mode(number, data, Mode::Extended),
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
+                self.meta_contexts(number, data, exports)
+            }
             _ => {
                 let text = format!("Option {number} is not supported");
-                self.reply(number, option_reply::ERR_UNSUPPORTED, text.as_bytes())?;
-                Ok(Next::Option)
+                self.refuse(number, option_reply::ERR_UNSUP, &text)
             }
         }
     }
 
-    fn export_name(
-        &mut self,
-        data: &[u8],
-        exports: &[Export],
-        no_zeroes: bool,
-    ) -> io::Result<Next> {
+    fn set_mode(&mut self, number: u32, data: &[u8], mode: Mode) -> io::Result<Next> {
+        if !data.is_empty() {
+            return self.refuse(
+                number,
+                option_reply::ERR_INVALID,
+                "The option takes no data",
+            );
+        }
+        if mode == Mode::Structured && self.agreement.mode == Mode::Extended {
+            let text = "Extended headers are in use and have structured replies";
+            return self.refuse(number, option_reply::ERR_EXT_HEADER_REQD, text);
+        }
+        self.agreement.mode = mode;
+        self.reply(number, option_reply::ACK, &[])?;
+        Ok(Next::Option)
+    }
+
+    fn meta_contexts(&mut self, number: u32, data: &[u8], exports: &[Export]) -> io::Result<Next> {
+        let sets = number == option::SET_META_CONTEXT;
+        if sets {
+            // Whatever comes of it, the selection before it is gone.
+            self.agreement.selection = None;
+        }
+        if self.agreement.mode == Mode::Simple {
+            let text = "Meta contexts need structured replies";
+            return self.refuse(number, option_reply::ERR_INVALID, text);
+        }
+        let request = match ContextRequest::parse(data) {
+            Ok(request) => request,
+            Err(why) => return self.refuse(number, option_reply::ERR_INVALID, why.text()),
+        };
+        let Some(index) = find(exports, request.export) else {
+            return self.unknown_export(number, request.export);
+        };
+        let available = exports[index].contexts();
+        let found = if sets {
+            let selected = request.selected(available);
+            self.agreement.selection = Some((index, selected));
+            selected
+        } else {
+            request.listed(available)
+        };
+        for context in found.iter() {
+            // In a list the number means nothing and is zero.
+            let id = if sets { context.id() } else { 0 };
+            let mut item = id.to_be_bytes().to_vec();
+            item.extend_from_slice(context.name().as_bytes());
+            self.reply(number, option_reply::META_CONTEXT, &item)?;
+        }
+        self.reply(number, option_reply::ACK, &[])?;
+        Ok(Next::Option)
+    }
+
+    fn unknown_export(&mut self, number: u32, name: &[u8]) -> io::Result<Next> {
+        let text = format!("There is no export {:?}", String::from_utf8_lossy(name));
+        let end = text.floor_char_boundary(STRING_BYTES_MAX);
+        self.refuse(number, option_reply::ERR_UNKNOWN, &text[..end])
+    }
+
+    fn export_name(&mut self, data: &[u8], exports: &[Export]) -> io::Result<Next> {
+        if self.agreement.mode == Mode::Extended {
+            return Err(violation("EXPORT_NAME after extended headers".into()));
+        }
         // This option has no error reply: the connection closes.
         let Some(index) = find(exports, data) else {
             return Err(violation(
                 "the name of an export that does not exist".into(),
             ));
         };
-        let export = &exports[index];
+        let (export, session) = (&exports[index], self.agreement.session(index));
+        let flags = export.transmission_flags(session.mode, session.contexts);
         let mut message = export.size_bytes.to_be_bytes().to_vec();
-        message.extend_from_slice(&export.transmission_flags().to_be_bytes());
-        if !no_zeroes {
+        message.extend_from_slice(&flags.to_be_bytes());
+        if !self.agreement.no_zeroes {
             message.resize(message.len() + 124, 0);
         }
         self.send(&message)?;
-        Ok(Next::Transmission(index))
+        Ok(Next::Transmission(session))
     }
 
     fn list(&mut self, data: &[u8], exports: &[Export]) -> io::Result<Next> {
         if !data.is_empty() {
-            self.reply(
+            return self.refuse(
                 option::LIST,
                 option_reply::ERR_INVALID,
-                b"LIST takes no data",
-            )?;
-            return Ok(Next::Option);
+                "LIST takes no data",
+            );
         }
         for export in exports {
             let mut entry = (export.name.len() as u32).to_be_bytes().to_vec();
@@ -261,19 +385,17 @@ impl Channel<'_> {
 
     fn describe(&mut self, number: u32, data: &[u8], exports: &[Export]) -> io::Result<Next> {
         let Some((name, wanted)) = parse_info_request(data) else {
-            let text = b"The lengths inside the option's data do not add up";
-            self.reply(number, option_reply::ERR_INVALID, text)?;
-            return Ok(Next::Option);
+            let text = "The lengths inside the option's data do not add up";
+            return self.refuse(number, option_reply::ERR_INVALID, text);
         };
         let Some(index) = find(exports, name) else {
-            let text = format!("There is no export {:?}", String::from_utf8_lossy(name));
-            self.reply(number, option_reply::ERR_UNKNOWN, text.as_bytes())?;
-            return Ok(Next::Option);
+            return self.unknown_export(number, name);
         };
-        let export = &exports[index];
+        let (export, session) = (&exports[index], self.agreement.session(index));
+        let flags = export.transmission_flags(session.mode, session.contexts);
         let mut item = info::EXPORT.to_be_bytes().to_vec();
         item.extend_from_slice(&export.size_bytes.to_be_bytes());
-        item.extend_from_slice(&export.transmission_flags().to_be_bytes());
+        item.extend_from_slice(&flags.to_be_bytes());
         self.reply(number, option_reply::INFO, &item)?;
         if wanted.contains(&info::NAME) {
             let mut item = info::NAME.to_be_bytes().to_vec();
@@ -289,7 +411,7 @@ impl Channel<'_> {
         }
         self.reply(number, option_reply::ACK, &[])?;
         Ok(if number == option::GO {
-            Next::Transmission(index)
+            Next::Transmission(session)
         } else {
             Next::Option
         })
@@ -308,12 +430,7 @@ fn find(exports: &[Export], name: &[u8]) -> Option<usize> {
 
 /// The name and the wanted kinds of information of INFO and GO; `None` if malformed.
 fn parse_info_request(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
-    let (length, rest) = data.split_first_chunk::<4>()?;
-    let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
-    if length > NAME_BYTES_MAX {
-        return None;
-    }
-    let (name, rest) = rest.split_at_checked(length)?;
+    let (name, rest) = take_string(data).ok()?;
     let (count, rest) = rest.split_first_chunk::<2>()?;
     let count = usize::from(u16::from_be_bytes(*count));
     if rest.len() != count * 2 {

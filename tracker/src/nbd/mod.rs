@@ -5,5 +5,7 @@ pub mod attach;
 pub mod client;
 pub mod handshake;
 pub mod listener;
+pub mod metadata;
+pub mod reply;
 pub mod request;
 pub mod wire;
