@@ -4,6 +4,7 @@
 //! The library is used by tests alone, so a broken expectation panics with a message.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod chunks;
 pub mod model;
 pub mod nbd;
 pub mod process;
