@@ -7,6 +7,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,6 @@ use crate::Result;
 use crate::job::{Access, Job};
 use crate::measure::{Latency, Load};
 use crate::pattern::{self, BLOCK_BYTES, Version};
-use crate::servers::Running;
 use crate::wire::{Command, HEADER_BYTES, REPLY_BYTES, cookie_of, header, negotiate};
 
 /// Time that a server has for one reply.
@@ -33,19 +33,27 @@ const READ_BACK_BLOCKS_MAX: usize = 4096;
 /// Bits of a cookie that name a place of the window; the others count requests.
 const PLACE_BITS: u32 = 16;
 
-/// Does the job against a server for a time.
+/// Does the job on an export of the server behind a socket, for a time.
 ///
 /// # Errors
 ///
 /// A connection is lost, or a reply or its data is wrong.
-pub fn run(server: &Running, job: &Job, duration: Duration, verify: bool) -> Result<Load> {
+pub fn run(
+    (socket, export): (&Path, &str),
+    job: &Job,
+    duration: Duration,
+    verify: bool,
+) -> Result<Load> {
     let start = Barrier::new(job.connections);
     let parts = std::thread::scope(|scope| -> Result<Vec<Part>> {
         let start = &start;
         let threads: Vec<_> = (0..job.connections)
             .map(|number| {
                 scope.spawn(move || {
-                    let connection = Connection::open(server, job, number as u64, verify);
+                    let stream = UnixStream::connect(socket).map_err(Into::into);
+                    let connection = stream.and_then(|stream| {
+                        Connection::open(stream, export, job, number as u64, verify)
+                    });
                     start.wait();
                     connection
                         .and_then(|mut connection| connection.run(duration))
@@ -144,11 +152,16 @@ struct Checks {
 }
 
 impl Connection {
-    fn open(server: &Running, job: &Job, seed: u64, verify: bool) -> Result<Self> {
-        let mut stream = UnixStream::connect(server.socket())?;
+    fn open(
+        mut stream: UnixStream,
+        export: &str,
+        job: &Job,
+        seed: u64,
+        verify: bool,
+    ) -> Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        let size_bytes = negotiate(&mut stream, server.export())?;
+        let size_bytes = negotiate(&mut stream, export)?;
         if size_bytes < job.block_bytes as u64 {
             return Err("the disk is smaller than one request".into());
         }
@@ -313,6 +326,7 @@ impl Connection {
                 return Ok(());
             }
             Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(Errno::EPIPE) => return Err("the server closed the connection".into()),
             Err(error) => return Err(format!("cannot send: {error}").into()),
         }
         let events = PollFlags::POLLIN | PollFlags::POLLOUT;
@@ -331,7 +345,7 @@ impl Connection {
     fn receive(&mut self, flags: MsgFlags) -> Result<()> {
         let mut incoming = std::mem::take(&mut self.incoming);
         let result = match recv(self.stream.as_raw_fd(), &mut incoming, flags) {
-            Ok(0) => Err("the server closed the connection".into()),
+            Ok(0) | Err(Errno::ECONNRESET) => Err("the server closed the connection".into()),
             Ok(count) => self.take(incoming.get(..count).unwrap_or_default()),
             Err(Errno::EINTR) => Ok(()),
             Err(Errno::EAGAIN) => Err("the server does not reply in time".into()),
@@ -461,3 +475,6 @@ fn next_random(state: &mut u64) -> u64 {
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ (value >> 31)
 }
+
+#[cfg(test)]
+mod tests;

@@ -155,7 +155,8 @@ pub fn client(
 ) -> Result<Load> {
     match section.client {
         ClientKind::Light if server.is_served() => {
-            load::run(server, &section.job, duration, settings.verify)
+            let (socket, export) = (server.socket(), server.export());
+            load::run((&socket, export), &section.job, duration, settings.verify)
         }
         // The file itself speaks no NBD.
         ClientKind::Light | ClientKind::Fio => fio::run(server, &section.job, duration),
