@@ -40,10 +40,27 @@ pub struct Keeper<'a> {
     pub identifier: String,
     /// The way to the kernel.
     pub kernel: Kernel,
+    /// Whether this kernel shows that it has taken a socket.
+    pub marks_sockets: bool,
     /// SIGTERM and SIGINT.
     pub signals: SignalFd,
     /// One stream for each connection of the kernel.
     pub streams: Vec<UnixStream>,
+}
+
+/// Whether the kernel has taken a socket.
+///
+/// It answers an offer with success also where it has not noticed the loss yet and takes nothing.
+/// It sets the device's time limit on each socket that it takes, and by that it is seen.
+///
+/// # Errors
+///
+/// The socket cannot be asked.
+pub fn is_taken(stream: &UnixStream) -> Result<bool> {
+    stream
+        .write_timeout()
+        .map(|limit| limit.is_some())
+        .map_err(|error| Error::io("Cannot read the time limit of a socket", error))
 }
 
 /// What ended a wait.
@@ -94,7 +111,7 @@ impl Keeper<'_> {
 
     /// Detaches at a signal, unless the device is in use: pulling a disk from under a file system
     /// is worse than a disk that does not reconnect.
-    fn leave(mut self) -> Result<()> {
+    fn leave(&mut self) -> Result<()> {
         let device = self.options.device;
         if !self.is_attached() {
             return Ok(());
@@ -146,7 +163,7 @@ impl Keeper<'_> {
                 .with_source(failure));
             }
             if self.wait(Some(CONNECT_INTERVAL))? == Event::Signal {
-                tracing::warn!("{device} stays without a connection");
+                self.leave()?;
                 return Ok(false);
             }
         }
@@ -177,42 +194,25 @@ impl Keeper<'_> {
                 ),
             )));
         }
-        if !self.hand_over(&stream)? {
-            return Ok(Attempt::Gone);
-        }
-        if let Some(old) = self.streams.get_mut(index) {
-            *old = stream;
-        }
-        Ok(Attempt::Reconnected)
-    }
-
-    /// Offers a connection until the kernel has taken it. False if the device is gone.
-    ///
-    /// The kernel answers an offer with success also where it has not noticed the loss yet and
-    /// takes nothing. It sets the device's time limit on each socket that it takes, and by that
-    /// it is seen.
-    fn hand_over(&mut self, stream: &UnixStream) -> Result<bool> {
-        let device = self.options.device;
         for _ in 0..OFFERS_MAX {
-            match self
-                .kernel
-                .reconfigure(device, &self.identifier, stream.as_fd())?
-            {
-                Offered::Gone => return Ok(false),
-                Offered::Acknowledged => {}
+            let offered =
+                self.kernel
+                    .reconfigure(options.device, &self.identifier, stream.as_fd())?;
+            if offered == Offered::Gone {
+                return Ok(Attempt::Gone);
             }
-            let limit = stream
-                .write_timeout()
-                .map_err(|error| Error::io("Cannot read the time limit of a socket", error))?;
-            if limit.is_some() {
-                return Ok(true);
+            if !self.marks_sockets || is_taken(&stream)? {
+                if let Some(old) = self.streams.get_mut(index) {
+                    *old = stream;
+                }
+                return Ok(Attempt::Reconnected);
             }
             std::thread::sleep(OFFER_INTERVAL);
         }
-        Err(Error::new(
+        Ok(Attempt::Failed(Error::new(
             ErrorKind::State,
-            format!("The kernel does not take a new connection for {device}: see `dmesg`"),
-        ))
+            "The kernel does not take a new connection: see `dmesg`",
+        )))
     }
 
     /// Whether the device is still the one that this process attached.

@@ -94,13 +94,14 @@ pub fn attach(options: &AttachOptions, ready: impl FnOnce(&str)) -> Result<()> {
     };
     let sockets: Vec<_> = streams.iter().map(AsFd::as_fd).collect();
     kernel.connect(&connect, &sockets)?;
-    drop(sockets);
+    let marks_sockets = streams.first().map_or(Ok(false), keeper::is_taken)?;
     ready(&describe(options, &export));
     Keeper {
         options,
         export,
         identifier,
         kernel,
+        marks_sockets,
         signals,
         streams,
     }
