@@ -4,6 +4,7 @@
 //! workers share nothing but the disks, the machine's epochs and counters.
 
 mod buffer;
+mod changes;
 mod connection;
 mod dispatch;
 mod operation;

@@ -17,11 +17,10 @@ use std::sync::atomic::Ordering;
 use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::EventFd;
 
+use super::changes::Changes;
 use super::survey::Survey;
 use super::worker::{Order, Shared};
 use crate::error::{Error, Result};
-use crate::extent::Epoch;
-use crate::journal::reader::JournalReader;
 use crate::nbd::metadata::{Context, ContextSet};
 use crate::nbd::reply::{Descriptor, block_status, failure};
 use crate::nbd::request::Request;
@@ -52,7 +51,7 @@ pub struct Job {
 struct Clerk {
     shared: Arc<Shared>,
     surveys: Vec<Option<Survey>>,
-    journals: Vec<Option<JournalReader>>,
+    changes: Vec<Option<Changes>>,
 }
 
 /// Starts the thread of a worker; it ends when the sender of jobs is dropped.
@@ -74,7 +73,7 @@ pub fn start(
             let mut clerk = Clerk {
                 shared,
                 surveys: (0..count).map(|_| None).collect(),
-                journals: (0..count).map(|_| None).collect(),
+                changes: (0..count).map(|_| None).collect(),
             };
             for job in jobs {
                 let reply = clerk.answer(&job);
@@ -142,10 +141,10 @@ impl Clerk {
     }
 
     fn dirty(&mut self, disk: usize, start: u64, end: u64, count_max: usize) -> Vec<Descriptor> {
-        self.changes(disk, start, end, count_max)
+        self.changed(disk, start, end, count_max)
             .unwrap_or_else(|error| {
                 // Opened anew at the next request.
-                self.journals[disk] = None;
+                self.changes[disk] = None;
                 tracing::warn!("Every block counts as changed: {}", error.chain());
                 let mut list = List::new(start, end, count_max);
                 list.push(end, DIRTY);
@@ -153,7 +152,7 @@ impl Clerk {
             })
     }
 
-    fn changes(
+    fn changed(
         &mut self,
         disk: usize,
         start: u64,
@@ -161,32 +160,24 @@ impl Clerk {
         count_max: usize,
     ) -> Result<Vec<Descriptor>> {
         let mut list = List::new(start, end, count_max);
-        let slot = &mut self.journals[disk];
+        let machine = &self.shared.machine;
+        let slot = &mut self.changes[disk];
         if slot.is_none()
-            && let Some(path) = self.shared.machine.journal_path(disk)
+            && let Some(path) = machine.journal_path(disk)
         {
-            *slot = Some(JournalReader::open(path)?);
+            *slot = Some(Changes::open(disk, path)?);
         }
-        let Some(journal) = slot else {
+        let Some(changes) = slot else {
             // Nothing is tracked; the negotiation does not offer the context then.
             list.push(end, DIRTY);
             return Ok(list.descriptors);
         };
-        let committed = journal.state()?.committed;
-        let changes = journal.dirty(committed, Epoch(u64::MAX))?;
-        if changes.all() {
-            list.push(end, DIRTY);
-            return Ok(list.descriptors);
-        }
-        for extent in changes.extents() {
-            let extent = extent?;
+        let all = changes.each(machine, start, |extent| {
             list.push(extent.offset_bytes(), 0);
             list.push(extent.offset_bytes() + extent.length_bytes(), DIRTY);
-            if list.is_full() {
-                break;
-            }
-        }
-        list.push(end, 0);
+            !list.is_full()
+        })?;
+        list.push(end, if all { DIRTY } else { 0 });
         Ok(list.descriptors)
     }
 }
