@@ -99,6 +99,8 @@ pub mod errno {
     pub const EOVERFLOW: u32 = 75;
     /// Not supported.
     pub const ENOTSUP: u32 = 95;
+    /// The server is shutting down.
+    pub const ESHUTDOWN: u32 = 108;
 }
 
 /// A stream of either kind.

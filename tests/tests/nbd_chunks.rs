@@ -413,6 +413,83 @@ fn changes_are_told_since_the_last_recovery_point() {
 }
 
 #[test]
+fn changes_follow_a_model() {
+    let mut site = Site::new(&[("disk", 16 * MIB)]);
+    // A small ring is walked soon and folds into the checkpoint; one that could fill up would make
+    // every block count.
+    site.tracker_arguments = vec!["--ring-size".into(), "64KiB".into()];
+    let _tracker = site.start_tracker();
+    let mut random = Random::from_environment("changes_follow_a_model");
+    site.protect();
+    let _shipper = site.start_shipper();
+    committed_cut(&site);
+    let mut clients = both(&site, &[DIRTY]);
+    let size = 16 * MIB;
+    let mut model = vec![false; (size / 4096) as usize];
+    for _ in 0..4000 {
+        let client = &mut clients[random.below(2) as usize];
+        let offset = random.below(size);
+        let length = random.between(1, (size - offset).min(9000));
+        match random.below(4) {
+            0 => {
+                let number = if random.chance(1, 2) {
+                    command::TRIM
+                } else {
+                    command::WRITE_ZEROES
+                };
+                let answer = client.call(0, number, offset, length, &[]);
+                assert_eq!(answer.error(), 0);
+            }
+            1 => client.write(offset, &random.bytes(length as usize)),
+            _ => {
+                let (mut at, length) = (offset, (size - offset).min(MIB));
+                for (bytes, dirty) in client.status(DIRTY, offset, length) {
+                    for block in at / 4096..(at + bytes).div_ceil(4096) {
+                        assert_eq!(u64::from(model[block as usize]), dirty, "block {block}");
+                    }
+                    at += bytes;
+                }
+                assert_eq!(at, offset + length, "few extents are told of at once");
+                continue;
+            }
+        }
+        let blocks = offset as usize / 4096..(offset + length).div_ceil(4096) as usize;
+        model[blocks].fill(true);
+    }
+    let disk = &site.tracker_status()["machine"]["disks"][0];
+    assert!(
+        disk["folds"].as_u64() > Some(0),
+        "nothing was folded: {disk}"
+    );
+}
+
+#[test]
+fn a_stopping_tracker_answers_status_and_ends() {
+    let (site, tracker) = site();
+    let mut clients: Vec<ChunkClient> = (0..16)
+        .map(|_| ChunkClient::connect(&site.socket(), "disk", true, &[ALLOCATION, DIRTY]).unwrap())
+        .collect();
+    for client in &mut clients {
+        for _ in 0..50 {
+            client
+                .submit(0, command::BLOCK_STATUS, 0, 16 * MIB, &[])
+                .unwrap();
+        }
+    }
+    tracker.stop();
+    for client in &mut clients {
+        // All that were taken are answered in order, then the connection closes.
+        for cookie in 1..=50 {
+            let Ok(answer) = client.receive(cookie, 0) else {
+                break;
+            };
+            assert!([0, errno::ESHUTDOWN].contains(&answer.error()));
+        }
+        assert!(client.raw().until_closed().unwrap().is_empty());
+    }
+}
+
+#[test]
 fn without_a_journal_no_changes_are_offered() {
     let mut site = Site::new(&[("disk", MIB)]);
     site.tracker_arguments.push("--no-journal".into());
