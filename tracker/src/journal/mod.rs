@@ -24,6 +24,8 @@ pub mod reader;
 mod verify;
 
 #[cfg(test)]
+mod fixture_tests;
+#[cfg(test)]
 mod simulation_tests;
 #[cfg(test)]
 mod tests;
