@@ -299,17 +299,17 @@ impl Worker {
         operation: &mut Operation,
     ) -> Result<bool, ReplyError> {
         let (mut start, mut end) = (operation.part.end, operation.request.end());
-        if operation.request.is_read() {
-            if self.searches_holes(connection, operation) {
-                (start, end) = self.skip_hole(connection, operation, start, end);
-                if start == end {
-                    return Ok(false);
-                }
+        if self.searches_holes(connection, operation) {
+            (start, end) = self.skip_hole(connection, operation, start, end);
+            if start == end {
+                return Ok(false);
             }
-            let buffer = self.pool.take((end - start) as usize);
-            operation.buffer = Some(buffer.map_err(|_| ReplyError::NoMemory)?);
         }
         operation.set_part(start, end);
+        if operation.request.is_read() {
+            let buffer = self.pool.take(operation.part_bytes());
+            operation.buffer = Some(buffer.map_err(|_| ReplyError::NoMemory)?);
+        }
         let length = operation.part_bytes() as u64;
         operation.epoch = self.admit(operation.disk, operation.request.command, start, length);
         Ok(true)
