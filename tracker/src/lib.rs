@@ -26,3 +26,6 @@ pub mod control;
 pub mod serve;
 
 pub mod systemd;
+
+#[cfg(test)]
+mod fuzz_tests;

@@ -429,7 +429,7 @@ fn find(exports: &[Export], name: &[u8]) -> Option<usize> {
 }
 
 /// The name and the wanted kinds of information of INFO and GO; `None` if malformed.
-fn parse_info_request(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
+pub(crate) fn parse_info_request(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
     let (name, rest) = take_string(data).ok()?;
     let (count, rest) = rest.split_first_chunk::<2>()?;
     let count = usize::from(u16::from_be_bytes(*count));
