@@ -259,6 +259,52 @@ fn a_new_journal_costs_a_comparison_and_no_upload() {
     tracker.stop();
 }
 
+/// What a ring cannot take makes every block count as changed: that costs one scan, and no more.
+#[test]
+fn a_ring_that_overflows_costs_a_scan() {
+    let Filled {
+        mut site, tracker, ..
+    } = filled("overflow", 64);
+    tracker.stop();
+    std::fs::remove_file(site.journal("disk")).unwrap();
+    site.tracker_arguments = vec!["--ring-size".into(), "16KiB".into()];
+    let tracker = site.start_tracker();
+    let shipper = site.start_shipper();
+    site.cut();
+    let before = site.tracker_status()["machine"]["disks"][0]["resync"].clone();
+    assert!(before.is_null(), "{before}");
+    let mut client = site.connect("disk");
+    let mut random = Random::from_environment("overflow_load");
+    let deadline = Instant::now() + PATIENCE;
+    let overflowed = || !site.tracker_status()["machine"]["disks"][0]["resync"].is_null();
+    while !overflowed() {
+        assert!(Instant::now() < deadline, "the ring takes everything");
+        // Faster than the ring is folded: all of them in flight at once.
+        let blocks: Vec<u64> = (0..2000).map(|_| random.below(16 << 10)).collect();
+        for block in &blocks {
+            client
+                .submit(
+                    0,
+                    tests::nbd::command::WRITE_ZEROES,
+                    block * 4096,
+                    4096,
+                    &[],
+                )
+                .unwrap();
+        }
+        for _ in &blocks {
+            client.receive().unwrap();
+        }
+    }
+    let given_up = |status: &Value| number(status, "/points_given_up");
+    let point = site.cut();
+    check_restore(&site, &point, &site.image("disk"));
+    let status = status(&site).unwrap();
+    assert!(given_up(&status) <= 3, "{status:#?}");
+    shipper.stop();
+    tracker.stop();
+}
+
 #[test]
 fn the_older_of_two_shippers_stops_for_good() {
     let Filled {

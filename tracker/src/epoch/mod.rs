@@ -40,7 +40,6 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent, blocks_of};
 use crate::failpoint::{Place, reached};
-use crate::journal::reader::JournalReader;
 use crate::journal::state::{EpochState, reconcile};
 use crate::journal::{self, Journal, JournalOptions, RecoveryReport};
 use clock::Clock;
@@ -136,12 +135,9 @@ struct TrackedDisk {
 impl TrackedDisk {
     /// Takes over what the journal knows of the open set, as if it had been written since.
     fn remember(&self, open: Epoch, state: &EpochState) -> Result<()> {
-        let reader = JournalReader::open(&self.spec.journal)?;
         let filter = &self.filters[(open.0 & 1) as usize];
-        for extent in reader.dirty(state.open_after(), Epoch(u64::MAX))?.extents() {
-            filter.insert(extent?);
-        }
-        Ok(())
+        self.journal
+            .each_extent_after(state.open_after(), |extent| filter.insert(extent))
     }
 
     fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) {

@@ -12,6 +12,9 @@
 //! is opened ([`Alarm::gather`]). What is sealed is asked for again only when it is merged into the
 //! open set, where a later alarm stands for all of it.
 //!
+//! A third word holds the latest epoch in which the alarm was raised, and is never gathered: whoever
+//! has looked at every block since then knows by it whether anything was lost meanwhile.
+//!
 //! Crash consistency: a word is whole or absent after SIGKILL, and carries a check of its own.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +22,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::format::{ALARM_OFFSET, ALARM_WORDS, decode_alarm, encode_alarm};
 use super::mapping::SharedWords;
 use crate::extent::Epoch;
+
+/// The word of the latest alarm.
+const LATEST: usize = 2;
+const _: () = assert!(LATEST + 1 == ALARM_WORDS);
 
 /// The alarm words of a mapped journal.
 #[derive(Clone, Copy, Debug)]
@@ -42,19 +49,38 @@ impl<'a> Alarm<'a> {
     ///
     /// A word is damaged; its offset in the file is returned.
     pub fn epochs(self) -> Result<Vec<Epoch>, u64> {
-        let mut epochs = Vec::new();
+        let mut epochs = std::collections::BTreeSet::new();
         for (index, word) in self.words.iter().enumerate() {
             match decode_alarm(word.load(Ordering::Acquire)) {
                 Ok(epoch) => epochs.extend(epoch),
                 Err(_damaged) => return Err(ALARM_OFFSET + index as u64 * 8),
             }
         }
-        Ok(epochs)
+        Ok(epochs.into_iter().collect())
+    }
+
+    /// The latest epoch in which the alarm was raised.
+    ///
+    /// # Errors
+    ///
+    /// The word is damaged; its offset in the file is returned.
+    pub fn latest(self) -> Result<Option<Epoch>, u64> {
+        let word = self
+            .words
+            .get(LATEST)
+            .map(|word| word.load(Ordering::Acquire));
+        decode_alarm(word.unwrap_or_default()).map_err(|_damaged| ALARM_OFFSET + LATEST as u64 * 8)
     }
 
     /// Makes every block count as changed as of this epoch. Wait-free but for other raisers.
     pub fn raise(self, epoch: Epoch) {
-        let Some(word) = self.words.get((epoch.0 & 1) as usize) else {
+        self.lift(LATEST, epoch);
+        self.lift((epoch.0 & 1) as usize, epoch);
+    }
+
+    /// Stores the epoch in a word unless a later one is there.
+    fn lift(self, index: usize, epoch: Epoch) {
+        let Some(word) = self.words.get(index) else {
             return;
         };
         let mut present = word.load(Ordering::Acquire);
@@ -75,10 +101,10 @@ impl<'a> Alarm<'a> {
     /// Raises the alarm of an epoch that is about to close if one of those that will be captured
     /// with it, which are the ones after `sealed`, has raised it.
     pub fn gather(self, sealed: Epoch, closing: Epoch) {
-        for word in self.words {
+        for word in &self.words[..LATEST.min(self.words.len())] {
             let set = decode_alarm(word.load(Ordering::Acquire)).ok().flatten();
             if set.is_some_and(|set| sealed < set && set < closing) {
-                self.raise(closing);
+                self.lift((closing.0 & 1) as usize, closing);
             }
         }
     }

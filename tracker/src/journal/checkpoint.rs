@@ -87,6 +87,24 @@ impl SetPlace {
         }
     }
 
+    /// Calls with the extents of all pages of a set, in order.
+    pub fn each_extent(
+        self,
+        file: &File,
+        generation: u64,
+        mut visit: impl FnMut(Extent),
+    ) -> io::Result<()> {
+        let mut next = 0;
+        while let Some(page) = self.next_page(file, next)? {
+            let (bytes, state) = self.read_page(file, page, generation)?;
+            extents_of_page(&bytes, state, page)
+                .into_iter()
+                .for_each(&mut visit);
+            next = page + 1;
+        }
+        Ok(())
+    }
+
     /// Reads and judges a page. A page past the end of the file is zero.
     pub fn read_page(
         self,

@@ -17,8 +17,9 @@ pub const MAGIC_WRITING: [u8; 8] = [0xff; 8];
 pub const PAGE_BYTES: usize = 4096;
 /// Offset of the alarm page, behind the two superblocks.
 pub const ALARM_OFFSET: u64 = 2 * PAGE_BYTES as u64;
-/// Words of the alarm, at the beginning of its page: one for even epochs, one for odd ones.
-pub const ALARM_WORDS: usize = 2;
+/// Words of the alarm, at the beginning of its page: one for even epochs, one for odd ones, and the
+/// latest epoch in which it was raised.
+pub const ALARM_WORDS: usize = 3;
 /// Offset of the intent log.
 pub const INTENT_OFFSET: u64 = 3 * PAGE_BYTES as u64;
 /// Transactions of the intent log.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use super::checkpoint::{SetPlace, extents_of_page};
 use super::format::{Operation, PageState, RECORD_BYTES, SetDescriptor, Slot, Superblock};
 use super::mapping::SharedWords;
-use super::recovery::{map_checked, read_alarm, read_superblock};
+use super::recovery::{latest_alarm, map_checked, read_alarm, read_superblock};
 use super::ring::read_slot;
 use super::state::EpochState;
 use super::writer::distrusted;
@@ -79,15 +79,14 @@ impl JournalReader {
         Ok(read_superblock(&self.path, &self.words, None)?.0)
     }
 
-    /// The watermarks at this moment; `resync` includes the alarm.
+    /// The watermarks at this moment; `resync` includes the latest alarm.
     ///
     /// # Errors
     ///
     /// The superblocks are damaged.
     pub fn state(&self) -> Result<EpochState> {
         let mut state = EpochState::of(&self.superblock()?);
-        let alarms = read_alarm(&self.path, &self.words)?;
-        state.resync = state.resync.max(alarms.into_iter().max());
+        state.resync = state.resync.max(latest_alarm(&self.path, &self.words)?);
         Ok(state)
     }
 

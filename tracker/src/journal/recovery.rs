@@ -527,10 +527,21 @@ fn recover(
 
 /// The epochs as of which every block counts as changed.
 pub(super) fn read_alarm(path: &Path, words: &SharedWords) -> Result<Vec<Epoch>> {
-    Alarm::of(words).epochs().map_err(|offset| {
-        let what = format!("the alarm word at offset {offset} is damaged");
-        distrusted(ErrorKind::Corrupt, path, &what)
-    })
+    Alarm::of(words)
+        .epochs()
+        .map_err(|offset| damaged_alarm(path, offset))
+}
+
+/// The latest epoch in which the alarm was raised.
+pub(super) fn latest_alarm(path: &Path, words: &SharedWords) -> Result<Option<Epoch>> {
+    Alarm::of(words)
+        .latest()
+        .map_err(|offset| damaged_alarm(path, offset))
+}
+
+fn damaged_alarm(path: &Path, offset: u64) -> Error {
+    let what = format!("the alarm word at offset {offset} is damaged");
+    distrusted(ErrorKind::Corrupt, path, &what)
 }
 
 fn check_disk(path: &Path, superblock: &Superblock, options: &JournalOptions) -> Result<()> {

@@ -168,12 +168,46 @@ impl Journal {
         EpochState::of(&self.lock().superblock)
     }
 
-    /// The watermarks for people: `resync` includes the alarm.
+    /// The watermarks; `resync` includes the latest alarm.
     pub fn state(&self) -> EpochState {
         let mut state = self.watermarks();
-        let alarms = Alarm::of(&self.words).epochs().unwrap_or_default();
-        state.resync = state.resync.max(alarms.into_iter().max());
+        let latest = Alarm::of(&self.words).latest().unwrap_or_default();
+        state.resync = state.resync.max(latest);
         state
+    }
+
+    /// Calls with the extents of all records after an epoch, some of them more than once. Reads the
+    /// live part of the ring alone. Nothing may be recorded meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// A checkpoint cannot be read.
+    pub fn each_extent_after(&self, epoch: Epoch, mut visit: impl FnMut(Extent)) -> Result<()> {
+        for sequence in self.ring.tail()..self.ring.head() {
+            if let Slot::Whole(record) = self.ring.read(self.words.words(), sequence)
+                && record.operation != Operation::Null
+                && record.epoch > epoch
+            {
+                visit(Extent {
+                    first_block: record.first_block,
+                    block_count: record.block_count,
+                });
+            }
+        }
+        let superblock = self.lock().superblock;
+        for (index, set) in superblock.sets.iter().enumerate() {
+            if set.highest_epoch.get() <= epoch.0 {
+                continue;
+            }
+            let place = SetPlace::of(&superblock, index);
+            place
+                .each_extent(&self.file, set.generation.get(), &mut visit)
+                .map_err(|error| {
+                    let path = self.path.display();
+                    Error::io(format!("Cannot read a checkpoint of journal {path}"), error)
+                })?;
+        }
+        Ok(())
     }
 
     /// Random number of this journal, as 32 hexadecimal digits.
