@@ -505,17 +505,7 @@ fn recover(
     superblock.boot_id = boot;
     superblock.openings = (superblock.openings.get() + 1).into();
     let journal = Journal::new(path.to_owned(), file, words, superblock, copy, head);
-    for sequence in holes {
-        let operation = Operation::Null;
-        let null = Record {
-            sequence,
-            epoch: Epoch::ZERO,
-            operation,
-            first_block: 0,
-            block_count: 0,
-        };
-        journal.fill(null);
-    }
+    fill_holes(&journal, holes);
     reached(Place::RecoverAfterHolesBeforePublish);
     // Both copies are replaced before the first write, so that no power cut brings back one that
     // says that the journal was closed cleanly.
@@ -523,6 +513,19 @@ fn recover(
     reached(Place::RecoverAfterFirstPublishBeforeSecond);
     journal.update(|_| {})?;
     Ok((journal, report))
+}
+
+/// Slots that were claimed and not written tell of writes that were never submitted.
+fn fill_holes(journal: &Journal, holes: Vec<u64>) {
+    for sequence in holes {
+        journal.fill(Record {
+            sequence,
+            epoch: Epoch::ZERO,
+            operation: Operation::Null,
+            first_block: 0,
+            block_count: 0,
+        });
+    }
 }
 
 /// The epochs as of which every block counts as changed.
