@@ -128,7 +128,7 @@ fn push_summary(text: &mut String, summary: &Summary) {
     };
     line(format_args!("\n{}", summary.title));
     line(format_args!(
-        "{:<22}{:>27}{:>27}{:>27}{:>11}{:>9}",
+        "{:<22}{:>26}{:>26}{:>32}{:>11}{:>9}",
         "", summary.unit, "p50 / p99 / p99.9 us", "server us/request", "switches", "calls"
     ));
     for row in &summary.rows {
@@ -152,7 +152,7 @@ fn row_text(row: &Row) -> String {
     let switches = row.switches.map(|spread| format!("{:.3}", spread.median));
     let calls = row.calls.map(|calls| format!("{calls:.2}"));
     format!(
-        "{:<22}{:>27}{:>27}{:>27}{:>11}{:>9}",
+        "{:<22}{:>26}{:>26}{:>32}{:>11}{:>9}",
         format!("{}{mark}", row.server),
         row.rate.text(0),
         latency,
