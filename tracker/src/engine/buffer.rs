@@ -7,9 +7,9 @@ use memmap2::MmapMut;
 /// the data, so that both leave in one piece while the data stay page-aligned.
 pub const HEAD_BYTES: usize = 4096;
 /// Data sizes of the classes; the last is the largest payload of a request.
-const CLASS_BYTES: [usize; 5] = [4 << 10, 64 << 10, 256 << 10, 4 << 20, 32 << 20];
-/// Idle memory that one worker keeps.
-const IDLE_BYTES_MAX: usize = 6 << 20;
+const CLASS_BYTES: [usize; 6] = [4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 32 << 20];
+/// Idle memory that one worker keeps: eight requests of 1 MiB, and as many small ones as are common.
+const IDLE_BYTES_MAX: usize = 10 << 20;
 
 /// A page-aligned piece of memory.
 #[derive(Debug)]
