@@ -263,6 +263,30 @@ fn a_truncated_journal() {
     resync_helps(site);
 }
 
+#[test]
+fn a_journal_of_a_future_version() {
+    let site = site_with_journal();
+    let mut bytes = fs::read(site.journal("disk")).unwrap();
+    for page in bytes.chunks_exact_mut(4096).take(2) {
+        page[8..12].copy_from_slice(&99_u32.to_le_bytes());
+        let check = xxhash_rust::xxh3::xxh3_64(&page[..4088]);
+        page[4088..].copy_from_slice(&check.to_le_bytes());
+    }
+    fs::write(site.journal("disk"), &bytes).unwrap();
+    says(serve(&site), &["disk.img.hrl", "version 99"]);
+    assert_eq!(
+        fs::read(site.journal("disk")).unwrap(),
+        bytes,
+        "it is not touched"
+    );
+    let verify = run(Command::new(program("tracker"))
+        .args(["journal", "verify"])
+        .arg(site.journal("disk")));
+    assert!(!verify.status.success());
+    assert!(verify.out.contains("version 99"), "{}", verify.out);
+    resync_helps(site);
+}
+
 /// With `--resync` the disk is served, every block counts as changed, the broken file is kept.
 fn resync_helps(mut site: Site) {
     site.tracker_arguments.push("--resync".into());
