@@ -426,7 +426,7 @@ fn changes_follow_a_model() {
     let mut clients = both(&site, &[DIRTY]);
     let size = 16 * MIB;
     let mut model = vec![false; (size / 4096) as usize];
-    for _ in 0..4000 {
+    for _ in 0..6000 {
         let client = &mut clients[random.below(2) as usize];
         let offset = random.below(size);
         let length = random.between(1, (size - offset).min(9000));
