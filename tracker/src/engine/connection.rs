@@ -82,6 +82,10 @@ pub struct Connection {
     pub known_data: Range<u64>,
     /// The input buffer; `None` while the kernel fills it.
     pub input: Option<Input>,
+    /// Requests that were answered on the spot in this turn.
+    pub answered_at_once: usize,
+    /// More of the input is to be understood in the next turn.
+    pub turn_is_over: bool,
     /// A payload that is being received.
     pub payload: Option<Payload>,
     /// Payload of a refused WRITE still to be thrown away.
@@ -122,6 +126,8 @@ impl Connection {
                 start: 0,
                 end: 0,
             }),
+            answered_at_once: 0,
+            turn_is_over: false,
             payload: None,
             skip_bytes: 0,
             receiving: Receiving::Nothing,

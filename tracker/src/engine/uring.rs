@@ -264,14 +264,14 @@ impl Ring {
         self.push(entry, tag, Held::Nothing);
     }
 
-    /// Submits what is queued and waits for at least one completion, then gives out all.
+    /// Submits what is queued, waits for a completion if `block` says so, then gives out all.
     ///
     /// # Errors
     ///
     /// The system call fails for a reason that trying again does not mend.
-    pub fn wait(&mut self, completions: &mut Vec<Completion>) -> io::Result<()> {
+    pub fn wait(&mut self, completions: &mut Vec<Completion>, block: bool) -> io::Result<()> {
         loop {
-            match self.ring.submit_and_wait(1) {
+            match self.ring.submit_and_wait(usize::from(block)) {
                 Ok(_) => break,
                 Err(error) => match error.raw_os_error() {
                     // EBUSY: the completion queue is full; taking completions out mends it.

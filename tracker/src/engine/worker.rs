@@ -138,14 +138,17 @@ impl Worker {
     pub fn run(mut self) -> Result<()> {
         self.ring.poll_readable(self.wake.as_raw_fd(), TAG_WAKE);
         let mut completions = Vec::new();
+        let mut turn = Vec::new();
         while !(self.draining && self.connections.iter().all(Option::is_none)) {
+            // Whoever has more to be understood does not wait for others.
             self.ring
-                .wait(&mut completions)
+                .wait(&mut completions, self.touched.is_empty())
                 .map_err(|error| Error::io("Cannot wait on the io_uring of a worker", error))?;
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
-            while let Some(index) = self.touched.pop() {
+            std::mem::swap(&mut self.touched, &mut turn);
+            for index in turn.drain(..) {
                 self.look_after(index);
             }
         }
@@ -241,7 +244,11 @@ impl Worker {
             }
             self.counters.connections.fetch_sub(1, Ordering::Relaxed);
         } else {
+            let goes_on = connection.turn_is_over && !connection.closing;
             self.connections[index] = Some(connection);
+            if goes_on {
+                self.touch(index);
+            }
         }
     }
 
@@ -285,7 +292,11 @@ impl Worker {
     }
 
     fn receive(&mut self, index: usize, connection: &mut Connection) {
-        if connection.is_receiving() || connection.closing || connection.is_full() {
+        if connection.is_receiving()
+            || connection.closing
+            || connection.is_full()
+            || connection.turn_is_over
+        {
             return;
         }
         let tag = TAG_RECEIVE | index as u64;
