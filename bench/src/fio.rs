@@ -39,7 +39,11 @@ fn job_file(server: &Running, job: &Job, duration: Duration) -> String {
         // fio takes the address in the global section only.
         format!("ioengine=nbd\nuri={}", server.uri())
     } else {
-        format!("ioengine=io_uring\nfilename={}", server.image().display())
+        format!(
+            "ioengine=io_uring\nfilename={}\ndirect={}",
+            server.image().display(),
+            u8::from(server.is_direct())
+        )
     };
     let pattern = match (job.access, job.sequential) {
         (Access::Write, false) => "randwrite".to_owned(),

@@ -24,7 +24,7 @@ use clap::Parser;
 use measure::{Measurement, Patience};
 use report::Report;
 use servers::ServerKind;
-use settings::{Plan, Section, Settings};
+use settings::{Section, Settings};
 use syscalls::Counter;
 
 /// Any failure ends the program with a message, so kinds of errors are not told apart.
@@ -50,7 +50,7 @@ fn run(settings: &Settings) -> Result<()> {
     for section in &plan.sections {
         eprintln!("{}", summary::title(section));
         for round in 0..plan.rounds {
-            for server in order(&plan, round) {
+            for server in order(section.servers(&plan.servers), round) {
                 let measurement =
                     measure::measure(settings, &plan, section, (server, round), &mut patience)
                         .map_err(|error| format!("{}: {error}", server.name()))?;
@@ -59,9 +59,9 @@ fn run(settings: &Settings) -> Result<()> {
             }
         }
         if let Some(counter) = counter {
-            for server in &plan.servers {
-                let calls = syscalls::per_request(counter, settings, &plan, section, *server)?;
-                report.add_calls(section, *server, calls);
+            for server in section.servers(&plan.servers) {
+                let calls = syscalls::per_request(counter, settings, &plan, section, server)?;
+                report.add_calls(section, server, calls);
             }
         }
     }
@@ -73,9 +73,9 @@ fn run(settings: &Settings) -> Result<()> {
 }
 
 /// Every server once, starting with another one each round.
-fn order(plan: &Plan, round: usize) -> Vec<ServerKind> {
-    let mut order = plan.servers.clone();
-    let count = order.len();
+fn order(servers: impl Iterator<Item = ServerKind>, round: usize) -> Vec<ServerKind> {
+    let mut order: Vec<_> = servers.collect();
+    let count = order.len().max(1);
     order.rotate_left(round % count);
     order
 }

@@ -74,7 +74,9 @@ pub struct Patience(Duration);
 impl Patience {
     /// As much as half of what the plan's loads take.
     pub fn of(plan: &Plan) -> Self {
-        let runs = plan.sections.len() * plan.servers.len() * plan.rounds;
+        let sections = plan.sections.iter();
+        let servers: usize = sections.map(|s| s.servers(&plan.servers).count()).sum();
+        let runs = servers * plan.rounds;
         Self(plan.duration * u32::try_from(runs).unwrap_or(u32::MAX) / 2)
     }
 }
@@ -116,7 +118,12 @@ fn attempt(
     kind: ServerKind,
     round: usize,
 ) -> Result<Measurement> {
-    let server = Running::start(kind, &settings.tracker, &section.folder, plan.size_bytes)?;
+    let server = Running::start(
+        kind,
+        &settings.tracker,
+        (&section.folder, section.direct),
+        plan.size_bytes,
+    )?;
     let watcher = server.pid().map(Watcher::start);
     let before = Snapshot::take(&server)?;
     let load = client(settings, section, &server, plan.duration)?;

@@ -34,6 +34,8 @@ pub enum ServerKind {
     TrackerAgain,
     /// The tracker without a journal
     TrackerPlain,
+    /// The tracker with threads in place of io_uring; measured when it is asked for
+    TrackerThreads,
     /// nbdkit with its file plugin
     Nbdkit,
     /// nbd-server, the reference implementation
@@ -53,6 +55,7 @@ impl ServerKind {
             Self::Tracker => "tracker",
             Self::TrackerAgain => "tracker (again)",
             Self::TrackerPlain => "tracker --no-journal",
+            Self::TrackerThreads => "tracker, threads",
             Self::Nbdkit => "nbdkit file",
             Self::NbdServer => "nbd-server",
             Self::QemuNbd => "qemu-nbd",
@@ -64,7 +67,7 @@ impl ServerKind {
     /// The program that must be installed; the tracker is built, not installed.
     pub fn program(self) -> Option<&'static str> {
         match self {
-            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain => None,
+            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain | Self::TrackerThreads => None,
             Self::Nbdkit => Some("nbdkit"),
             Self::NbdServer => Some("nbd-server"),
             Self::QemuNbd => Some("qemu-nbd"),
@@ -78,6 +81,11 @@ impl ServerKind {
         self.program().is_some() && self != Self::RawFile
     }
 
+    /// Whether it can leave the page cache out.
+    pub fn does_direct(self) -> bool {
+        !matches!(self, Self::Nbdkit | Self::NbdServer)
+    }
+
     /// The export that clients ask for.
     fn export(self) -> &'static str {
         // nbd-server serves no export without a name.
@@ -85,15 +93,24 @@ impl ServerKind {
     }
 
     /// The command line; the image, the socket and all other files lie in the folder.
-    fn command(self, tracker: &Path, folder: &Path) -> Command {
+    fn command(self, tracker: &Path, folder: &Path, direct: bool) -> Command {
         let (image, socket) = (folder.join(IMAGE), folder.join(SOCKET));
         let mut command = Command::new(self.program().map_or(tracker, Path::new));
         match self {
-            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain => {
+            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain | Self::TrackerThreads => {
                 command.arg("serve").arg("--disk").arg(image);
                 command.arg("--socket").arg(socket);
-                if self == Self::TrackerPlain {
-                    command.arg("--no-journal");
+                if direct {
+                    command.arg("--direct");
+                }
+                match self {
+                    Self::TrackerPlain => {
+                        command.arg("--no-journal");
+                    }
+                    Self::TrackerThreads => {
+                        command.args(["--engine", "threads"]);
+                    }
+                    _ => {}
                 }
             }
             Self::Nbdkit => {
@@ -105,7 +122,11 @@ impl ServerKind {
                 command.arg("-p").arg(folder.join(PID_FILE));
             }
             Self::QemuNbd => {
-                command.args(["--format=raw", "--cache=writeback", "--persistent"]);
+                command.args(["--format=raw", "--persistent"]);
+                command.args(match direct {
+                    true => &["--cache=none", "--aio=io_uring"][..],
+                    false => &["--cache=writeback"],
+                });
                 command.arg("--shared=16").arg("--socket").arg(socket);
                 command.arg(image);
             }
@@ -113,9 +134,13 @@ impl ServerKind {
                 let (image, socket) = (image.display(), socket.display());
                 let monitor = folder.join(MONITOR);
                 let monitor = monitor.display();
+                let cache = match direct {
+                    true => ",cache.direct=on,aio=io_uring",
+                    false => "",
+                };
                 command.args([
                     "--blockdev",
-                    &format!("driver=file,node-name=disk,filename={image}"),
+                    &format!("driver=file,node-name=disk,filename={image}{cache}"),
                     "--chardev",
                     &format!("socket,id=monitor,path={monitor},server=on,wait=off"),
                     "--monitor",
@@ -159,24 +184,31 @@ enum Process {
 /// A server that runs. Dropping it kills it and removes its files.
 pub struct Running {
     kind: ServerKind,
+    direct: bool,
     process: Process,
     size_bytes: u64,
     folder: TempDir,
 }
 
 impl Running {
-    /// Makes an image whose blocks are all allocated, and serves it.
+    /// Makes an image whose blocks are all allocated, and serves it, past the page cache if `direct`.
     ///
     /// # Errors
     ///
     /// The image cannot be made, or the server does not listen in time.
-    pub fn start(kind: ServerKind, tracker: &Path, folder: &Path, size_bytes: u64) -> Result<Self> {
+    pub fn start(
+        kind: ServerKind,
+        tracker: &Path,
+        (folder, direct): (&Path, bool),
+        size_bytes: u64,
+    ) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("tidemark-bench-")
             .tempdir_in(folder)?;
         fill(&folder.path().join(IMAGE), size_bytes)?;
         let mut running = Self {
             kind,
+            direct,
             process: Process::None,
             size_bytes,
             folder,
@@ -189,7 +221,7 @@ impl Running {
         }
         let log = File::create(running.folder().join(LOG))?;
         let child = kind
-            .command(tracker, running.folder())
+            .command(tracker, running.folder(), direct)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -278,6 +310,11 @@ impl Running {
     /// Whether there is a server before the image.
     pub fn is_served(&self) -> bool {
         self.kind != ServerKind::RawFile
+    }
+
+    /// Whether the page cache is left out.
+    pub fn is_direct(&self) -> bool {
+        self.direct
     }
 
     /// Its unix socket.

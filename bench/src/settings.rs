@@ -59,9 +59,12 @@ pub struct Settings {
     /// Clients to measure with
     #[arg(long = "client", value_enum)]
     pub clients: Vec<ClientKind>,
-    /// Servers to measure [default: all that are installed]
+    /// Servers to measure [default: all that are installed, but threads in place of io_uring]
     #[arg(long = "server", value_enum)]
     pub servers: Vec<ServerKind>,
+    /// Past the page cache, with --job or --client; of the servers those that can
+    #[arg(long)]
+    pub direct: bool,
     /// Rounds; every server runs once in each
     #[arg(long, default_value_t = 5)]
     pub rounds: usize,
@@ -95,6 +98,8 @@ pub struct Section {
     pub folder: PathBuf,
     /// What kind of folder that is.
     pub medium: String,
+    /// Past the page cache.
+    pub direct: bool,
     /// Who makes the requests.
     pub client: ClientKind,
     /// Which requests.
@@ -116,6 +121,16 @@ pub struct Plan {
     pub size_bytes: u64,
 }
 
+impl Section {
+    /// The servers that can do what is measured.
+    pub fn servers<'a>(&self, all: &'a [ServerKind]) -> impl Iterator<Item = ServerKind> + 'a {
+        let direct = self.direct;
+        all.iter()
+            .copied()
+            .filter(move |server| !direct || server.does_direct())
+    }
+}
+
 impl Settings {
     /// Makes the plan.
     ///
@@ -135,7 +150,8 @@ impl Settings {
             return Err("none of these servers is installed".into());
         }
         let sections = self.sections(&media);
-        let runs = (sections.len() * servers.len() * self.rounds) as f64;
+        let runs: usize = sections.iter().map(|s| s.servers(&servers).count()).sum();
+        let runs = (runs * self.rounds) as f64;
         let seconds = match self.seconds {
             Some(seconds) => seconds,
             None if self.quick => 2.0,
@@ -156,15 +172,19 @@ impl Settings {
 
     /// The servers that take part; of each that does not, a line says why.
     fn servers_installed(&self) -> Vec<ServerKind> {
-        let wanted: &[ServerKind] = match (&self.servers[..], self.quick) {
-            ([], true) => &[
+        let wanted = match (&self.servers[..], self.quick) {
+            ([], true) => vec![
                 ServerKind::Tracker,
                 ServerKind::Nbdkit,
                 ServerKind::TrackerPlain,
                 ServerKind::TrackerAgain,
             ],
-            ([], false) => ServerKind::value_variants(),
-            (chosen, _) => chosen,
+            ([], false) => {
+                let mut all = ServerKind::value_variants().to_vec();
+                all.retain(|server| *server != ServerKind::TrackerThreads);
+                all
+            }
+            (chosen, _) => chosen.to_vec(),
         };
         let mut servers = Vec::new();
         for server in wanted {
@@ -172,7 +192,7 @@ impl Settings {
                 Some(program) if !is_installed(program) => {
                     eprintln!("{} is left out: {program} is not installed", server.name());
                 }
-                _ => servers.push(*server),
+                _ => servers.push(server),
             }
         }
         servers
@@ -180,10 +200,12 @@ impl Settings {
 
     fn sections(&self, media: &[(PathBuf, String)]) -> Vec<Section> {
         let mut sections = Vec::new();
-        let mut add = |(folder, medium): &(PathBuf, String), client, job| {
+        let mut add = |(folder, medium): &(PathBuf, String), direct, client, job| {
+            let suffix = if direct { ", direct" } else { "" };
             sections.push(Section {
                 folder: folder.clone(),
-                medium: medium.clone(),
+                medium: format!("{medium}{suffix}"),
+                direct,
                 client,
                 job: Job::of(job),
             });
@@ -191,27 +213,30 @@ impl Settings {
         let both = [ClientKind::Fio, ClientKind::Light];
         if self.quick {
             for client in both {
-                add(&media[0], client, JobKind::Write4kDeep);
+                add(&media[0], false, client, JobKind::Write4kDeep);
             }
         } else if self.jobs.is_empty() && self.clients.is_empty() {
             for job in JobKind::value_variants() {
-                add(&media[0], ClientKind::Light, *job);
+                add(&media[0], false, ClientKind::Light, *job);
             }
             for job in [JobKind::Write4kDeep, JobKind::Write1m, JobKind::Read1m] {
-                add(&media[0], ClientKind::Fio, job);
+                add(&media[0], false, ClientKind::Fio, job);
             }
             for medium in media.iter().skip(1) {
                 for job in [JobKind::Write4kDeep, JobKind::Write4kSync, JobKind::Write1m] {
-                    add(medium, ClientKind::Light, job);
+                    add(medium, false, ClientKind::Light, job);
                 }
-                add(medium, ClientKind::Fio, JobKind::Write4kDeep);
+                add(medium, false, ClientKind::Fio, JobKind::Write4kDeep);
+                for job in [JobKind::Write4kDeep, JobKind::Read4kDeep, JobKind::Write1m] {
+                    add(medium, true, ClientKind::Light, job);
+                }
             }
         } else {
             let jobs = or_all(&self.jobs, JobKind::value_variants());
             for medium in media {
                 for client in or_all(&self.clients, &both) {
                     for job in jobs {
-                        add(medium, *client, *job);
+                        add(medium, self.direct, *client, *job);
                     }
                 }
             }

@@ -196,6 +196,7 @@ mod tests {
         let section = Section {
             folder: "/tmp".into(),
             medium: "tmpfs".to_owned(),
+            direct: false,
             client: ClientKind::Light,
             job: Job::of(JobKind::Write4kDeep),
         };

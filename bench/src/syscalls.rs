@@ -101,7 +101,12 @@ pub fn per_request(
     section: &Section,
     kind: ServerKind,
 ) -> Result<Option<f64>> {
-    let server = Running::start(kind, &settings.tracker, &section.folder, plan.size_bytes)?;
+    let server = Running::start(
+        kind,
+        &settings.tracker,
+        (&section.folder, section.direct),
+        plan.size_bytes,
+    )?;
     let Some(pid) = server.pid() else {
         return Ok(None);
     };
