@@ -131,6 +131,10 @@ impl Site {
             command.arg(format!("{name}={}", self.image(name).display()));
         }
         command.arg("--socket").arg(self.socket());
+        // So that the same tests run over each engine.
+        if let Some(engine) = std::env::var_os("TIDEMARK_ENGINE") {
+            command.arg("--engine").arg(engine);
+        }
         command.args(&self.tracker_arguments);
         command
     }

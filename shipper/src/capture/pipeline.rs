@@ -102,16 +102,18 @@ where
         let reader_failed = to_caller.clone();
         let (stopping, work) = (&stopping, from_reader);
         scope.spawn(move || {
-            let depth = Depth::new(source, RING_ENTRIES, &mut buffers);
-            let mut reader = Reader {
-                source,
-                bytes_read: settings.bytes_read,
-                depth,
-                idle: buffers,
-                freed,
-                to_workers,
-            };
-            if let Err(error) = reader.run(batches, stopping) {
+            let result = Depth::new(source, RING_ENTRIES, &mut buffers).and_then(|depth| {
+                let mut reader = Reader {
+                    source,
+                    bytes_read: settings.bytes_read,
+                    depth,
+                    idle: buffers,
+                    freed,
+                    to_workers,
+                };
+                reader.run(batches, stopping)
+            });
+            if let Err(error) = result {
                 // Where the caller has gone, it has an error already.
                 let _gone = reader_failed.send(Err(error));
             }

@@ -3,13 +3,15 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use nix::unistd::{Whence, lseek64};
 use tracker::extent::{BLOCK_SIZE, Extent, blocks_of};
 
 use super::plan::Piece;
+use super::threads::ThreadReads;
 use super::uring::{Job, ReadBuffer, Reads};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -54,14 +56,30 @@ impl DiskSource {
         &self.path
     }
 
-    /// Size in bytes.
+    /// Size in bytes: what was found at the opening, or was set since.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
 
-    /// The whole disk from a block on.
-    pub fn rest_from(&self, first_block: u64) -> Extent {
-        let end = blocks_of(self.size_bytes);
+    /// Bytes that the file or device has at this moment.
+    ///
+    /// # Errors
+    ///
+    /// The system does not tell.
+    pub fn present_bytes(&mut self) -> Result<u64> {
+        let end = self.file.seek(SeekFrom::End(0));
+        end.map_err(|error| self.failed(error))
+    }
+
+    /// From here on it counts as a disk of so many bytes, which is what the tracker serves of it. A
+    /// file may be longer for a moment while it grows, or because nobody has told the tracker.
+    pub fn set_size(&mut self, size_bytes: u64) {
+        self.size_bytes = size_bytes;
+    }
+
+    /// The disk from a block on, up to another one.
+    pub fn range(&self, first_block: u64, end_block: u64) -> Extent {
+        let end = blocks_of(self.size_bytes).min(end_block);
         Extent {
             first_block,
             block_count: end.saturating_sub(first_block),
@@ -166,51 +184,52 @@ impl<I: Iterator<Item = Result<Extent>>> Iterator for Pieces<'_, I> {
     }
 }
 
-/// Reads of a disk: through an io_uring, or one by one where there is none.
+/// Reads of a disk: through an io_uring, or by threads where there is none.
 pub(super) enum Depth<'a, T> {
     Uring(Box<Reads<'a, T>>),
-    Plain(&'a File, Vec<(Job<T>, Option<io::Error>)>),
+    Threads(ThreadReads<T>),
 }
 
-impl<'a, T> Depth<'a, T> {
-    pub(super) fn new(source: &'a DiskSource, entries: u32, buffers: &mut [ReadBuffer]) -> Self {
+impl<'a, T: Send + 'static> Depth<'a, T> {
+    pub(super) fn new(
+        source: &'a DiskSource,
+        entries: u32,
+        buffers: &mut [ReadBuffer],
+    ) -> Result<Self> {
         match Reads::new(&source.file, entries, buffers) {
-            Ok(reads) => Self::Uring(Box::new(reads)),
+            Ok(reads) => Ok(Self::Uring(Box::new(reads))),
             Err(error) => {
-                tracing::warn!(
-                    "No io_uring here ({error}): disks are read one block run at a time"
-                );
-                Self::Plain(&source.file, Vec::new())
+                // Once: captures are made all the time.
+                static WARNED: Once = Once::new();
+                WARNED.call_once(|| {
+                    tracing::warn!(
+                        "Threads read the disks, since an io_uring cannot be had: see the sysctl \
+                         kernel.io_uring_disabled and the seccomp profile of the container: {error}"
+                    );
+                });
+                Self::threads(source)
             }
         }
+    }
+
+    fn threads(source: &DiskSource) -> Result<Self> {
+        let reads = ThreadReads::new(&source.file).map_err(|error| source.failed(error))?;
+        Ok(Self::Threads(reads))
     }
 
     /// Whether a job is being read.
     pub(super) fn is_busy(&self) -> bool {
         match self {
             Self::Uring(reads) => reads.in_flight() > 0,
-            Self::Plain(_, done) => !done.is_empty(),
+            Self::Threads(reads) => reads.in_flight() > 0,
         }
     }
 
     /// Begins a job; gives it back at once if it has nothing to read.
-    pub(super) fn submit(&mut self, mut job: Job<T>) -> Option<Job<T>> {
+    pub(super) fn submit(&mut self, job: Job<T>) -> Option<Job<T>> {
         match self {
             Self::Uring(reads) => reads.submit(job),
-            Self::Plain(file, done) => {
-                if job.reads.is_empty() {
-                    return Some(job);
-                }
-                let mut failed = None;
-                for read in std::mem::take(&mut job.reads) {
-                    let target = &mut job.buffer.bytes_mut()[read.target];
-                    if let Err(error) = file.read_exact_at(target, read.offset) {
-                        failed.get_or_insert(error);
-                    }
-                }
-                done.push((job, failed));
-                None
-            }
+            Self::Threads(reads) => reads.submit(job),
         }
     }
 
@@ -221,17 +240,17 @@ impl<'a, T> Depth<'a, T> {
     ) -> io::Result<()> {
         match self {
             Self::Uring(reads) => reads.wait(finished),
-            Self::Plain(_, done) => {
-                finished.append(done);
-                Ok(())
-            }
+            Self::Threads(reads) => reads.wait(finished),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+    use crate::capture::uring::Read;
 
     #[test]
     fn holes_are_told_from_data() {
@@ -262,5 +281,116 @@ mod tests {
         assert_eq!(next, 1025);
         assert!(data.contains(&512) && data.contains(&1024), "{data:?}");
         assert!(data.len() < 600, "holes are not seen");
+    }
+
+    /// Runs a case over an io_uring, where it can be had, and over threads.
+    fn over_both(case: impl Fn(&DiskSource, Depth<'_, usize>, Vec<ReadBuffer>)) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let content: Vec<u8> = (0..DISK_BYTES).map(|at| (at / 1000) as u8).collect();
+        std::fs::write(&path, content).unwrap();
+        let source = DiskSource::open(&path).unwrap();
+        let new_buffers = || {
+            let new = |index| ReadBuffer::new(BUFFER_BYTES, index).unwrap();
+            (0..BUFFERS).map(new).collect::<Vec<_>>()
+        };
+        let mut buffers = new_buffers();
+        match Depth::new(&source, 8, &mut buffers).unwrap() {
+            Depth::Threads(_) => eprintln!("not run over io_uring"),
+            depth => case(&source, depth, buffers),
+        }
+        case(&source, Depth::threads(&source).unwrap(), new_buffers());
+    }
+
+    const DISK_BYTES: u64 = 1 << 20;
+    const BUFFER_BYTES: usize = 64 << 10;
+    const BUFFERS: u16 = 12;
+
+    fn reads_at(offsets: &[u64]) -> Vec<Read> {
+        let reads = offsets.iter().enumerate();
+        reads
+            .map(|(number, offset)| Read {
+                offset: *offset,
+                target: number * 5000..number * 5000 + 4096,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn jobs_come_back_with_what_was_read() {
+        over_both(|_, mut depth, buffers| {
+            let offsets = |number: usize| [number as u64 * 80_000, 7, number as u64 * 333 + 1];
+            for (content, buffer) in buffers.into_iter().enumerate() {
+                let reads = reads_at(&offsets(content));
+                let job = Job {
+                    buffer,
+                    reads,
+                    content,
+                };
+                assert!(depth.submit(job).is_none());
+            }
+            let mut finished = Vec::new();
+            while depth.is_busy() {
+                depth.wait(&mut finished).unwrap();
+            }
+            assert_eq!(finished.len(), usize::from(BUFFERS));
+            for (mut job, failed) in finished {
+                assert!(failed.is_none(), "{failed:?}");
+                for (number, offset) in offsets(job.content).into_iter().enumerate() {
+                    let bytes = &job.buffer.bytes_mut()[number * 5000..][..4096];
+                    let expected = (offset..offset + 4096).map(|at| (at / 1000) as u8);
+                    assert!(expected.eq(bytes.iter().copied()), "{offset}");
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn the_end_of_a_disk_is_an_error_of_its_job_alone() {
+        over_both(|_, mut depth, buffers| {
+            let lists = [&[0][..], &[0, DISK_BYTES - 4095], &[], &[DISK_BYTES - 4096]];
+            let mut idle = 0;
+            for ((content, offsets), buffer) in lists.iter().enumerate().zip(buffers) {
+                let reads = reads_at(offsets);
+                let job = Job {
+                    buffer,
+                    reads,
+                    content,
+                };
+                idle += usize::from(depth.submit(job).is_some());
+            }
+            assert_eq!(idle, 1, "a job without reads comes back at once");
+            let mut finished = Vec::new();
+            while depth.is_busy() {
+                depth.wait(&mut finished).unwrap();
+            }
+            finished.sort_by_key(|(job, _)| job.content);
+            let failed: Vec<bool> = finished.iter().map(|(_, error)| error.is_some()).collect();
+            assert_eq!(failed, [false, true, false]);
+            let error = finished[1].1.as_ref().unwrap();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        });
+    }
+
+    #[test]
+    fn a_panic_of_a_thread_is_an_error_of_its_job() {
+        over_both(|source, _, buffers| {
+            let mut depth = Depth::threads(source).unwrap();
+            for (content, buffer) in buffers.into_iter().enumerate() {
+                let target = BUFFER_BYTES..2 * BUFFER_BYTES;
+                let reads = vec![Read { offset: 0, target }];
+                let job = Job {
+                    buffer,
+                    reads,
+                    content,
+                };
+                assert!(depth.submit(job).is_none());
+            }
+            let mut finished = Vec::new();
+            while depth.is_busy() {
+                depth.wait(&mut finished).unwrap();
+            }
+            assert!(finished.iter().all(|(_, error)| error.is_some()));
+        });
     }
 }

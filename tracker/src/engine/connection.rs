@@ -2,10 +2,10 @@
 //! output not yet sent.
 
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
-use super::uring::{Piece, SendBatch};
+use super::transfer::{Piece, SendBatch};
 use crate::nbd::handshake::Session;
 use crate::nbd::reply::{Address, data_head, failure, hole, success};
 use crate::nbd::request::Request;
@@ -144,9 +144,9 @@ impl Connection {
         }
     }
 
-    /// The socket's descriptor.
-    pub fn socket(&self) -> RawFd {
-        self.socket.as_raw_fd()
+    /// The socket.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// A receive is in flight.

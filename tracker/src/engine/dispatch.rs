@@ -25,7 +25,7 @@ use super::connection::{Connection, Input, Payload};
 use super::operation::{INLINE_BYTES_MAX, Operation, Outcome, tracked, write_now};
 use super::status::Job;
 use super::survey::Survey;
-use super::uring::Held;
+use super::transfer::Held;
 use super::worker::{TAG_DISK, Worker};
 use crate::extent::{Epoch, Extent};
 use crate::nbd::reply::Address;
@@ -98,6 +98,7 @@ impl Worker {
         let terms = Terms {
             size_bytes: disk.size_bytes(),
             read_only: disk.read_only(),
+            alignment: disk.alignment(),
             mode,
             contexts: connection.session.contexts,
         };
@@ -153,6 +154,7 @@ impl Worker {
             connection.succeed(&request);
             return;
         }
+        self.turn_requests += 1;
         let counter = match request.command {
             Command::Read { .. } => &self.counters.reads,
             Command::Write => &self.counters.writes,
@@ -405,7 +407,7 @@ impl Worker {
         if run.hole_end > start {
             connection.reply_with_hole(&operation.request, start..run.hole_end);
         }
-        (run.hole_end, run.data_end)
+        (run.hole_end, run.data_end.min(end))
     }
 }
 
@@ -424,7 +426,10 @@ impl Worker {
     fn writes_inline(&self, disk: usize, request: &Request) -> bool {
         request.length <= INLINE_BYTES_MAX as u64
             && !request.force_unit_access
-            && self.shared.disks[disk].inline_writes()
+            && match self.ring.writes_block() {
+                true => self.shared.disks[disk].uses_page_cache(),
+                false => self.shared.disks[disk].inline_writes(),
+            }
     }
 
     fn write_inline(&self, disk: usize, request: &Request, data: &[u8]) -> Result<(), ReplyError> {

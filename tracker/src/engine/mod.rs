@@ -7,11 +7,19 @@ mod buffer;
 mod changes;
 mod connection;
 mod dispatch;
+mod driver;
 mod operation;
+mod patience;
+mod pool;
 mod status;
 mod survey;
+mod threads;
+mod transfer;
 mod uring;
 mod worker;
+
+#[cfg(test)]
+mod driver_tests;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,8 +35,10 @@ use crate::disk::Disk;
 use crate::epoch::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::handshake::Session;
-use uring::Ring;
+use driver::Driver;
 use worker::{Counters, Order, Shared, Worker};
+
+pub use driver::{EngineChoice, EngineKind};
 
 /// Time that clients have to take their last replies when the tracker stops.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
@@ -38,8 +48,14 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 pub struct EngineStatus {
     /// Worker threads.
     pub workers: usize,
+    /// What carries out their I/O.
+    #[serde(default)]
+    pub engine: EngineKind,
     /// Setup flags of the io_uring that this kernel took.
     pub ring_features: Vec<String>,
+    /// Why threads had to take over from io_uring, if they had.
+    #[serde(default)]
+    pub fallback_reason: Option<String>,
     /// Connections at present.
     pub connections: u64,
     /// READ requests.
@@ -54,6 +70,23 @@ pub struct EngineStatus {
     pub written_bytes: u64,
     /// Requests answered with an error.
     pub errors: u64,
+}
+
+impl EngineStatus {
+    /// What carries out the I/O, in words.
+    pub fn carrier(&self) -> String {
+        let Self {
+            engine,
+            ring_features,
+            fallback_reason,
+            ..
+        } = self;
+        match (engine, fallback_reason) {
+            (_, Some(reason)) => format!("{engine} ({reason})"),
+            (EngineKind::IoUring, None) => format!("{engine} ({})", ring_features.join(", ")),
+            (EngineKind::Threads, None) => engine.to_string(),
+        }
+    }
 }
 
 struct WorkerHandle {
@@ -83,29 +116,74 @@ impl WorkerHandle {
 /// All workers of a tracker.
 pub struct Engine {
     workers: Vec<WorkerHandle>,
+    kind: EngineKind,
     ring_features: Vec<String>,
+    fallback_reason: Option<String>,
 }
 
 impl Engine {
     /// Starts `count` workers (at least one) over the disks.
     ///
+    /// Where io_uring was not asked for by name, threads take over for whatever reason it cannot be
+    /// had: disks that are served at some cost are better than disks that are not served, and what
+    /// both engines lack, such as descriptors, fails the second time as well.
+    ///
     /// # Errors
     ///
-    /// A thread or its io_uring cannot be had.
-    pub fn start(count: usize, disks: Vec<Arc<Disk>>, machine: Arc<Machine>) -> Result<Self> {
+    /// A thread, or what carries out its I/O, cannot be had.
+    pub fn start(
+        choice: EngineChoice,
+        count: usize,
+        disks: &[Arc<Disk>],
+        machine: &Arc<Machine>,
+    ) -> Result<Self> {
+        let error = match choice {
+            EngineChoice::Threads => {
+                return Self::start_workers(EngineKind::Threads, count, disks, machine);
+            }
+            EngineChoice::IoUring | EngineChoice::Auto => {
+                match Self::start_workers(EngineKind::IoUring, count, disks, machine) {
+                    Err(error) if choice == EngineChoice::Auto => error,
+                    started => return started,
+                }
+            }
+        };
+        let reason = error.chain();
+        let mut engine = Self::start_workers(EngineKind::Threads, count, disks, machine)?;
+        tracing::warn!("Threads carry out the I/O instead of io_uring, which costs more: {reason}");
+        engine.fallback_reason = Some(reason);
+        Ok(engine)
+    }
+
+    fn start_workers(
+        kind: EngineKind,
+        count: usize,
+        disks: &[Arc<Disk>],
+        machine: &Arc<Machine>,
+    ) -> Result<Self> {
         let shared = Arc::new(Shared {
-            disks,
-            machine,
+            disks: disks.to_vec(),
+            machine: Arc::clone(machine),
             draining: AtomicBool::new(false),
         });
         let mut engine = Self {
             workers: Vec::new(),
+            kind,
             ring_features: Vec::new(),
+            fallback_reason: None,
         };
         for number in 0..count.max(1) {
-            let (handle, features) = start_worker(number, Arc::clone(&shared))?;
-            engine.workers.push(handle);
-            engine.ring_features = features;
+            match start_worker(kind, number, Arc::clone(&shared)) {
+                Ok((handle, features)) => {
+                    engine.workers.push(handle);
+                    engine.ring_features = features;
+                }
+                Err(error) => {
+                    // Those that have started have nothing to lose; this error tells more.
+                    let _stopped = engine.stop();
+                    return Err(error);
+                }
+            }
         }
         Ok(engine)
     }
@@ -137,7 +215,9 @@ impl Engine {
         };
         EngineStatus {
             workers: self.workers.len(),
+            engine: self.kind,
             ring_features: self.ring_features.clone(),
+            fallback_reason: self.fallback_reason.clone(),
             connections: sum(|counters| &counters.connections),
             reads: sum(|counters| &counters.reads),
             writes: sum(|counters| &counters.writes),
@@ -191,7 +271,11 @@ impl Engine {
     }
 }
 
-fn start_worker(number: usize, shared: Arc<Shared>) -> Result<(WorkerHandle, Vec<String>)> {
+fn start_worker(
+    kind: EngineKind,
+    number: usize,
+    shared: Arc<Shared>,
+) -> Result<(WorkerHandle, Vec<String>)> {
     let (orders, receiver) = crossbeam_channel::unbounded();
     let (ready, is_ready) = crossbeam_channel::bounded(1);
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -211,33 +295,27 @@ fn start_worker(number: usize, shared: Arc<Shared>) -> Result<(WorkerHandle, Vec
         .name(format!("worker-{number}"))
         .spawn(move || {
             // A ring with SINGLE_ISSUER belongs to the thread that makes it.
-            let ring = match Ring::new() {
-                Ok(ring) => ring,
+            let driver = match Driver::new(kind) {
+                Ok(driver) => driver,
                 Err(error) => {
                     let _receiver_gone = ready.send(Err(error));
                     return Ok(());
                 }
             };
-            let features = ring
+            let features = driver
                 .features()
                 .iter()
                 .map(|name| (*name).to_owned())
                 .collect();
             let _receiver_gone = ready.send(Ok(features));
             let (counters, wake) = (thread_counters, thread_wake);
-            Worker::new(number, ring, shared, counters, receiver, wake, jobs).run()
+            Worker::new(number, driver, shared, counters, receiver, wake, jobs).run()
         })
         .map_err(|error| Error::io("Cannot start a worker thread", error))?;
     let features: Vec<String> = is_ready
         .recv()
         .map_err(|_| Error::new(ErrorKind::State, "A worker ended while it started"))?
-        .map_err(|error| {
-            Error::io(
-                "Cannot set up an io_uring: see the sysctl kernel.io_uring_disabled and the \
-                 seccomp profile of the container",
-                error,
-            )
-        })?;
+        .map_err(|error| Error::io(driver::explain(kind, &error), error))?;
     let thread = Mutex::new(Some(thread));
     let handle = WorkerHandle {
         orders,

@@ -11,11 +11,12 @@
 //! calls the pages clean that it failed to write, so a second sync would succeed over lost data.
 
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
-use super::uring::{Held, Ring};
+use super::driver::Driver;
+use super::transfer::Held;
 use crate::disk::Disk;
 use crate::epoch;
 use crate::extent::Epoch;
@@ -135,15 +136,15 @@ impl Operation {
     }
 
     /// Submits the first step of the part.
-    pub fn start(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
+    pub fn start(&mut self, disk: &Arc<Disk>, ring: &mut Driver, tag: u64) -> Outcome {
         self.submit(disk, ring, tag)
     }
 
     /// Takes the result of the step in flight and submits the next one.
     pub fn advance(
         &mut self,
-        disk: &Disk,
-        ring: &mut Ring,
+        disk: &Arc<Disk>,
+        ring: &mut Driver,
         tag: u64,
         result: i32,
         held: Held,
@@ -184,10 +185,9 @@ impl Operation {
         }
     }
 
-    fn submit(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
+    fn submit(&mut self, disk: &Arc<Disk>, ring: &mut Driver, tag: u64) -> Outcome {
         let durable = self.request.force_unit_access;
         let (offset, length) = (self.part.start, self.part_bytes());
-        let file = disk.as_raw_fd();
         let at = offset + self.done_bytes as u64;
         match self.step {
             Step::Transfer => {
@@ -196,9 +196,9 @@ impl Operation {
                     return Outcome::Done(Err(ReplyError::NoMemory));
                 };
                 if self.request.is_read() {
-                    ring.read(file, at, buffer, range, tag);
+                    ring.read(disk, at, buffer, range, tag);
                 } else {
-                    ring.write(file, at, buffer, range, durable, tag);
+                    ring.write(disk, at, buffer, range, durable, tag);
                 }
             }
             Step::Zero => {
@@ -206,10 +206,10 @@ impl Operation {
                 let Some(buffer) = self.buffer.take() else {
                     return Outcome::Done(Err(ReplyError::NoMemory));
                 };
-                ring.write(file, at, buffer, range, durable, tag);
+                ring.write(disk, at, buffer, range, durable, tag);
             }
             Step::Allocate => {
-                ring.allocate(file, self.allocation_mode(), offset, length as u64, tag);
+                ring.allocate(disk, self.allocation_mode(), offset, length as u64, tag);
             }
             Step::Prefetch => {
                 let begun = offset - self.request.offset;
@@ -217,13 +217,16 @@ impl Operation {
                 if left == 0 {
                     return Outcome::Done(Ok(()));
                 }
-                ring.prefetch(file, offset, left as u32, tag);
+                ring.prefetch(disk, offset, left as u32, tag);
             }
             Step::Sync => {
                 if disk.sync_failed() {
                     return Outcome::Done(Err(ReplyError::Io));
                 }
-                ring.sync(file, tag);
+                if disk.syncs_at_once() {
+                    return Outcome::Done(self.sync_now(disk));
+                }
+                ring.sync(disk, tag);
             }
         }
         Outcome::Pending
@@ -242,7 +245,13 @@ impl Operation {
         }
     }
 
-    fn allocation_failed(&mut self, disk: &Disk, ring: &mut Ring, tag: u64, errno: i32) -> Outcome {
+    fn allocation_failed(
+        &mut self,
+        disk: &Arc<Disk>,
+        ring: &mut Driver,
+        tag: u64,
+        errno: i32,
+    ) -> Outcome {
         // EINVAL: a device that only takes whole sectors.
         if !matches!(
             errno,
@@ -264,7 +273,7 @@ impl Operation {
         self.submit(disk, ring, tag)
     }
 
-    fn data_done(&mut self, disk: &Disk, ring: &mut Ring, tag: u64) -> Outcome {
+    fn data_done(&mut self, disk: &Arc<Disk>, ring: &mut Driver, tag: u64) -> Outcome {
         if !self.request.force_unit_access {
             return Outcome::Done(Ok(()));
         }
@@ -282,6 +291,14 @@ impl Operation {
         } else {
             Ok(())
         }
+    }
+
+    /// Syncs on the caller's thread.
+    fn sync_now(&mut self, disk: &Disk) -> Result<(), ReplyError> {
+        disk.file().sync_data().map_err(|error| {
+            self.note_failed_sync(disk);
+            ReplyError::from_errno(error.raw_os_error().unwrap_or(libc::EIO))
+        })
     }
 
     fn note_failed_sync(&mut self, disk: &Disk) {

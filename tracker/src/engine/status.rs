@@ -135,7 +135,7 @@ impl Clerk {
                 run.hole_end,
                 allocation_state::HOLE | allocation_state::ZERO,
             );
-            list.push(run.data_end, 0);
+            list.push(run.data_end.min(end), 0);
         }
         list.descriptors
     }

@@ -25,7 +25,8 @@ pub struct Survey {
 pub struct Run {
     /// Where the hole ends and the data begin.
     pub hole_end: u64,
-    /// Where the data end.
+    /// Where the data end; it may lie beyond what was asked for, as the search for it may have taken
+    /// long and should not be made again.
     pub data_end: u64,
 }
 
@@ -63,7 +64,7 @@ impl Survey {
             };
         }
         let data_end = match seek(file, hole_end, Whence::SeekHole) {
-            Ok(hole) if hole > hole_end => hole.min(end),
+            Ok(hole) if hole > hole_end => hole,
             // A hole was dug in the meantime, or nothing is known.
             _ => end,
         };
@@ -94,6 +95,7 @@ mod tests {
         let data_end = (1 << 20) + (64 << 10);
         assert_eq!(survey.run(0, 4 << 20), run(1 << 20, data_end));
         assert_eq!(survey.run(100, 200), run(200, 200));
+        assert_eq!(survey.run(1 << 20, (1 << 20) + 1), run(1 << 20, data_end));
         assert_eq!(survey.run(1 << 20, 4 << 20), run(1 << 20, data_end));
         assert_eq!(survey.run(data_end, 4 << 20), run(4 << 20, 4 << 20));
         file.set_len(1 << 20).unwrap();

@@ -7,131 +7,71 @@
 //! Order: operations of one ring complete in any order. What must come after something else is
 //! submitted only when that has completed; links are not used.
 //!
-//! What it does not handle: meaning. Tags, short transfers and errors are the worker's.
+//! What it does not handle: meaning. Tags, short transfers and errors are the worker's. Machines
+//! without io_uring; see [`super::threads`].
 
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
 use std::io;
 use std::mem;
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 use super::buffer::Buffer;
+use super::transfer::{Completion, Held, PIECES_MAX, SendBatch};
 
 /// Entries of the submission queue; more operations than this wait in user space.
 const SUBMISSION_ENTRIES: u32 = 512;
-/// Most pieces of one send; `UIO_MAXIOV` is 1024.
-const PIECES_MAX: usize = 64;
+/// `IORING_ENTER_GETEVENTS` of `io_uring_enter(2)`.
+const ENTER_GETEVENTS: u32 = 1;
+/// Every operation that this file submits.
+const OPERATIONS: [(&str, u8); 8] = [
+    ("POLL_ADD", opcode::PollAdd::CODE),
+    ("FSYNC", opcode::Fsync::CODE),
+    ("SENDMSG", opcode::SendMsg::CODE),
+    ("RECV", opcode::Recv::CODE),
+    ("READ", opcode::Read::CODE),
+    ("WRITE", opcode::Write::CODE),
+    ("FALLOCATE", opcode::Fallocate::CODE),
+    ("FADVISE", opcode::Fadvise::CODE),
+];
 
-/// One piece of output.
-#[derive(Debug)]
-pub enum Piece {
-    /// Headers without data.
-    Bytes(Vec<u8>),
-    /// A header and data that lie one behind the other in an operation's buffer.
-    Data(Buffer, Range<usize>),
-}
-
-impl Piece {
-    fn as_slice(&self) -> &[u8] {
-        match self {
-            Self::Bytes(bytes) => bytes,
-            Self::Data(buffer, range) => &buffer.bytes()[range.clone()],
-        }
-    }
-}
-
-/// Output on its way through a socket.
-#[derive(Default)]
-pub struct SendBatch {
-    pieces: VecDeque<Piece>,
-    /// Bytes of the first piece that have been sent already.
-    sent_of_first: usize,
+/// What a message to be sent consists of, for the kernel. Boxed, so that the addresses given to the
+/// kernel do not move, and kept for the next send.
+struct Message {
     vectors: Vec<libc::iovec>,
-    message: Option<libc::msghdr>,
+    header: libc::msghdr,
 }
 
-impl SendBatch {
-    /// Adds output at the end.
-    pub fn push(&mut self, piece: Piece) {
-        self.pieces.push_back(piece);
+impl Message {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            vectors: Vec::with_capacity(PIECES_MAX),
+            // SAFETY: msghdr is a C struct of integers and pointers, for which all zeroes is valid.
+            header: unsafe { mem::zeroed() },
+        })
     }
 
-    /// The last piece if it is plain bytes, to be extended by the next header.
-    pub fn last_bytes(&mut self) -> Option<&mut Vec<u8>> {
-        match self.pieces.back_mut() {
-            Some(Piece::Bytes(bytes)) => Some(bytes),
-            _ => None,
-        }
-    }
-
-    /// Nothing is left to send.
-    pub fn is_empty(&self) -> bool {
-        self.pieces.is_empty()
-    }
-
-    /// Notes that `count` more bytes are sent; gives finished pieces to `recycle`.
-    pub fn advance(&mut self, mut count: usize, mut recycle: impl FnMut(Piece)) {
-        while let Some(first) = self.pieces.front() {
-            let left = first.as_slice().len() - self.sent_of_first;
-            if count < left {
-                self.sent_of_first += count;
-                return;
-            }
-            count -= left;
-            self.sent_of_first = 0;
-            if let Some(piece) = self.pieces.pop_front() {
-                recycle(piece);
-            }
-        }
-    }
-
-    fn prepare(&mut self) -> *const libc::msghdr {
+    fn fill(&mut self, batch: &SendBatch) -> *const libc::msghdr {
         self.vectors.clear();
-        let mut skip = self.sent_of_first;
-        for piece in self.pieces.iter().take(PIECES_MAX) {
-            let bytes = &piece.as_slice()[mem::take(&mut skip)..];
-            self.vectors.push(libc::iovec {
-                iov_base: bytes.as_ptr().cast_mut().cast(),
-                iov_len: bytes.len(),
-            });
-        }
-        // SAFETY: msghdr is a C struct of integers and pointers, for which all zeroes is valid.
-        let mut message: libc::msghdr = unsafe { mem::zeroed() };
-        message.msg_iov = self.vectors.as_mut_ptr();
-        message.msg_iovlen = self.vectors.len();
-        std::ptr::from_ref(self.message.insert(message))
+        self.vectors.extend(batch.slices().map(|bytes| libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        }));
+        self.header.msg_iov = self.vectors.as_mut_ptr();
+        self.header.msg_iovlen = self.vectors.len();
+        &raw const self.header
     }
-}
-
-/// What the kernel works on during one operation.
-#[derive(Default)]
-pub enum Held {
-    /// No memory.
-    #[default]
-    Nothing,
-    /// A buffer that is read from or written to.
-    Buffer(Buffer),
-    /// Output. Boxed, so that the addresses given to the kernel do not move.
-    Send(Box<SendBatch>),
-}
-
-/// A finished operation.
-pub struct Completion {
-    /// What the submitter called it.
-    pub tag: u64,
-    /// As in the system call: a count, or a negative errno.
-    pub result: i32,
-    /// The memory, back in the submitter's hands.
-    pub held: Held,
 }
 
 struct Slot {
     tag: u64,
     held: Held,
+    /// The message that describes what is held, for a send.
+    message: Option<Box<Message>>,
     busy: bool,
 }
 
@@ -140,6 +80,9 @@ pub struct Ring {
     ring: IoUring,
     slots: Vec<Slot>,
     free: Vec<u32>,
+    // The boxes go on to slots, and what is in one must not move then.
+    #[allow(clippy::vec_box)]
+    idle_messages: Vec<Box<Message>>,
     in_flight: usize,
     features: Vec<&'static str>,
 }
@@ -149,16 +92,22 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// The kernel has no io_uring, or it is forbidden here.
+    /// The kernel has no io_uring or not all that is needed of it, or it is forbidden here.
     pub fn new() -> io::Result<Self> {
         let (ring, features) = best_ring()?;
-        Ok(Self {
+        require_operations(&ring)?;
+        let mut ring = Self {
             ring,
             slots: Vec::new(),
             free: Vec::new(),
+            idle_messages: Vec::new(),
             in_flight: 0,
             features,
-        })
+        };
+        // A filter may let a ring be set up and forbid its use.
+        ring.push(opcode::Nop::new().build(), 0, Held::Nothing);
+        ring.wait(&mut Vec::new(), true)?;
+        Ok(ring)
     }
 
     /// Names of the setup flags in use.
@@ -188,13 +137,14 @@ impl Ring {
     }
 
     /// Sends as much of the batch as one system call takes.
-    pub fn send(&mut self, socket: RawFd, mut batch: Box<SendBatch>, tag: u64) {
-        let message = batch.prepare();
+    pub fn send(&mut self, socket: RawFd, batch: Box<SendBatch>, tag: u64) {
+        let mut message = self.idle_messages.pop().unwrap_or_else(Message::new);
+        let header = message.fill(&batch);
         let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
-        let entry = opcode::SendMsg::new(types::Fd(socket), message)
+        let entry = opcode::SendMsg::new(types::Fd(socket), header)
             .flags(flags)
             .build();
-        self.push(entry, tag, Held::Send(batch));
+        self.push_with(entry, tag, Held::Send(batch), Some(message));
     }
 
     /// Reads from a file into a range of the buffer.
@@ -264,22 +214,57 @@ impl Ring {
         self.push(entry, tag, Held::Nothing);
     }
 
+    /// Submits what is queued, then looks for a completion without sleeping, for so long at most.
+    /// Returns whether there is one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::wait`].
+    pub fn watch(&mut self, time: Duration) -> io::Result<bool> {
+        let end = Instant::now() + time;
+        self.enter(0)?;
+        while self.ring.completion().is_empty() {
+            if Instant::now() >= end {
+                return Ok(false);
+            }
+            // A client that waits for this processor gets it.
+            std::thread::yield_now();
+            // SAFETY: the kernel is given no memory: nothing is submitted and there is no argument.
+            // It does what it has put off for this thread.
+            let entered = unsafe {
+                self.ring
+                    .submitter()
+                    .enter::<libc::sigset_t>(0, 0, ENTER_GETEVENTS, None)
+            };
+            match entered {
+                Err(error) if !is_passing(&error) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(true)
+    }
+
+    fn enter(&mut self, completions: usize) -> io::Result<()> {
+        loop {
+            match self.ring.submit_and_wait(completions) {
+                Ok(_) => return Ok(()),
+                // The completion queue is full; taking completions out mends it.
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Ok(()),
+                Err(error) if is_passing(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Submits what is queued, waits for a completion if `block` says so, then gives out all.
     ///
     /// # Errors
     ///
     /// The system call fails for a reason that trying again does not mend.
     pub fn wait(&mut self, completions: &mut Vec<Completion>, block: bool) -> io::Result<()> {
-        loop {
-            match self.ring.submit_and_wait(usize::from(block)) {
-                Ok(_) => break,
-                Err(error) => match error.raw_os_error() {
-                    // EBUSY: the completion queue is full; taking completions out mends it.
-                    Some(libc::EBUSY) => break,
-                    Some(libc::EINTR | libc::EAGAIN) => {}
-                    _ => return Err(error),
-                },
-            }
+        // What `watch` has found needs no further call.
+        if !self.ring.submission().is_empty() || self.ring.completion().is_empty() {
+            self.enter(usize::from(block))?;
         }
         for entry in self.ring.completion() {
             let index = entry.user_data() as usize;
@@ -290,6 +275,7 @@ impl Ring {
             self.in_flight -= 1;
             self.free.push(index as u32);
             let held = mem::take(&mut slot.held);
+            self.idle_messages.extend(slot.message.take());
             completions.push(Completion {
                 tag: slot.tag,
                 result: entry.result(),
@@ -300,9 +286,20 @@ impl Ring {
     }
 
     fn push(&mut self, entry: squeue::Entry, tag: u64, held: Held) {
+        self.push_with(entry, tag, held, None);
+    }
+
+    fn push_with(
+        &mut self,
+        entry: squeue::Entry,
+        tag: u64,
+        held: Held,
+        message: Option<Box<Message>>,
+    ) {
         let slot = Slot {
             tag,
             held,
+            message,
             busy: true,
         };
         let index = match self.free.pop() {
@@ -318,9 +315,9 @@ impl Ring {
         self.in_flight += 1;
         let entry = entry.user_data(u64::from(index));
         loop {
-            // SAFETY: every pointer in the entry leads into memory that `held` owns: mapped pages
-            // or heap behind a Box, neither of which moves with its owner. The slot keeps it until
-            // the completion arrives, and `drop` leaks it if that never happens.
+            // SAFETY: every pointer in the entry leads into memory that `held` or `message` owns:
+            // mapped pages or heap behind a Box or Vec, none of which moves with its owner. The slot
+            // keeps both until the completion arrives, and `drop` leaks them if that never happens.
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
                 return;
             }
@@ -337,6 +334,30 @@ impl Drop for Ring {
             mem::forget(mem::take(&mut self.slots));
         }
     }
+}
+
+/// Refuses a kernel whose io_uring lacks an operation.
+fn require_operations(ring: &IoUring) -> io::Result<()> {
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    let missing: Vec<&str> = OPERATIONS
+        .iter()
+        .filter(|(_, code)| !probe.is_supported(*code))
+        .map(|(name, _)| *name)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let text = format!("this kernel's io_uring lacks {}", missing.join(", "));
+    Err(io::Error::new(io::ErrorKind::Unsupported, text))
+}
+
+/// Whether a call that failed so is made again.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+    )
 }
 
 /// Tries the sets of flags from the newest to the plain one; a kernel refuses a flag that it does

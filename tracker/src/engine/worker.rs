@@ -1,16 +1,16 @@
-//! A worker: one thread, one io_uring, the connections that it was given.
+//! A worker: one thread, one driver of its I/O, the connections that it was given.
 //!
-//! Overview: every turn of the loop costs one system call. It takes all completions, understands
-//! all requests that a socket brought at once, submits their disk operations, and answers what is
-//! finished in one send for each connection. This file moves bytes and looks after connections;
-//! what the bytes ask for is carried out in `dispatch`.
+//! Overview: every turn of the loop costs one system call with an io_uring, and a few with threads. It
+//! takes all completions, understands all requests that a socket brought at once, submits their disk
+//! operations, and answers what is finished in one send for each connection. This file moves bytes
+//! and looks after connections; what the bytes ask for is carried out in `dispatch`.
 //!
 //! Order: what a completion brought is noted first and the connection marked as touched; when all
 //! completions are taken, each touched connection is looked after once.
 //!
 //! What it does not handle: negotiation (`nbd::handshake`), requests (`dispatch`).
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -20,10 +20,12 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
 use super::connection::{Connection, INPUT_BYTES, Input, Payload, Receiving};
+use super::driver::Driver;
 use super::operation::Operation;
+use super::patience::Patience;
 use super::status::Job;
 use super::survey::Survey;
-use super::uring::{Completion, Held, Ring, SendBatch};
+use super::transfer::{Completion, Held, SendBatch};
 use crate::disk::Disk;
 use crate::epoch::Machine;
 use crate::error::{Error, Result};
@@ -84,7 +86,7 @@ const TAG_KIND: u64 = !0 << 32;
 /// The state of one worker. Lives on its thread.
 pub struct Worker {
     pub(super) number: usize,
-    pub(super) ring: Ring,
+    pub(super) ring: Driver,
     pub(super) shared: Arc<Shared>,
     pub(super) counters: Arc<Counters>,
     orders: Receiver<Order>,
@@ -98,6 +100,9 @@ pub struct Worker {
     pub(super) operations: Vec<Option<Operation>>,
     pub(super) idle_operations: Vec<usize>,
     touched: Vec<usize>,
+    /// Requests that this turn took.
+    pub(super) turn_requests: usize,
+    patience: Patience,
     draining: bool,
 }
 
@@ -105,7 +110,7 @@ impl Worker {
     /// A worker with no connections.
     pub fn new(
         number: usize,
-        ring: Ring,
+        ring: Driver,
         shared: Arc<Shared>,
         counters: Arc<Counters>,
         orders: Receiver<Order>,
@@ -126,6 +131,8 @@ impl Worker {
             operations: Vec::new(),
             idle_operations: Vec::new(),
             touched: Vec::new(),
+            turn_requests: 0,
+            patience: Patience::default(),
             draining: false,
         }
     }
@@ -134,16 +141,14 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// The ring fails.
+    /// Waiting for completions fails.
     pub fn run(mut self) -> Result<()> {
-        self.ring.poll_readable(self.wake.as_raw_fd(), TAG_WAKE);
+        self.ring.poll_readable(self.wake.as_fd(), TAG_WAKE);
         let mut completions = Vec::new();
         let mut turn = Vec::new();
         while !(self.draining && self.connections.iter().all(Option::is_none)) {
-            // Whoever has more to be understood does not wait for others.
-            self.ring
-                .wait(&mut completions, self.touched.is_empty())
-                .map_err(|error| Error::io("Cannot wait on the io_uring of a worker", error))?;
+            self.wait(&mut completions)
+                .map_err(|error| Error::io("Cannot wait for the I/O of a worker", error))?;
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
@@ -153,6 +158,18 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    fn wait(&mut self, completions: &mut Vec<Completion>) -> std::io::Result<()> {
+        self.patience
+            .note_turn(std::mem::take(&mut self.turn_requests));
+        // Whoever has more to be understood does not wait for others.
+        let sleeps = self.touched.is_empty();
+        if sleeps && let Some(time) = self.patience.time_awake() {
+            let came = self.ring.watch(time)?;
+            self.patience.note_awake(came);
+        }
+        self.ring.wait(completions, sleeps)
     }
 
     fn complete(&mut self, completion: Completion) {
@@ -170,7 +187,7 @@ impl Worker {
     fn take_orders(&mut self) {
         // Reading resets the counter; an empty one only means that nothing is to be reset.
         let _count = self.wake.read();
-        self.ring.poll_readable(self.wake.as_raw_fd(), TAG_WAKE);
+        self.ring.poll_readable(self.wake.as_fd(), TAG_WAKE);
         while let Ok(order) = self.orders.try_recv() {
             match order {
                 Order::Serve(socket, session) => self.adopt(socket, session),
@@ -190,7 +207,7 @@ impl Worker {
             if let Some(connection) = &mut self.connections[index] {
                 connection.closing = true;
                 // The peer may have gone already, which is as good.
-                let _gone = shutdown(connection.socket(), how);
+                let _gone = shutdown(connection.socket().as_raw_fd(), how);
                 self.touch(index);
             }
         }
@@ -201,6 +218,11 @@ impl Worker {
         let Ok(buffer) = self.pool.take(INPUT_BYTES) else {
             return;
         };
+        if let Err(error) = self.ring.add_socket(socket.as_fd()) {
+            tracing::warn!("A connection was dropped: {error}");
+            self.pool.put(buffer);
+            return;
+        }
         let mut connection = Box::new(Connection::new(socket, session, buffer));
         connection.closing = self.draining;
         let index = self
@@ -278,7 +300,7 @@ impl Worker {
                 connection.broken = true;
                 connection.closing = true;
                 // Wakes the receive that may still be in flight.
-                let _gone = shutdown(connection.socket(), Shutdown::Both);
+                let _gone = shutdown(connection.socket().as_raw_fd(), Shutdown::Both);
             }
         }
         if !batch.is_empty() && !connection.broken {
@@ -300,7 +322,6 @@ impl Worker {
             return;
         }
         let tag = TAG_RECEIVE | index as u64;
-        let socket = connection.socket();
         if let Some(Payload {
             request,
             buffer,
@@ -308,12 +329,14 @@ impl Worker {
         }) = connection.payload.take()
         {
             let range = HEAD_BYTES + received..HEAD_BYTES + request.payload_bytes();
-            self.ring.receive(socket, buffer, range, true, tag);
+            self.ring
+                .receive(connection.socket(), buffer, range, true, tag);
             connection.receiving = Receiving::Payload(request, received);
         } else if let Some(mut input) = connection.input.take() {
             input.compact();
             let range = input.end..input.buffer.bytes().len();
-            self.ring.receive(socket, input.buffer, range, false, tag);
+            self.ring
+                .receive(connection.socket(), input.buffer, range, false, tag);
             connection.receiving = Receiving::Requests(input.end);
         }
     }

@@ -1,0 +1,93 @@
+//! Whether a worker looks for the next request awake before it goes to sleep. Pure.
+//!
+//! A client that sends one request at a time answers a reply within microseconds, while a
+//! processor that went idle takes tens of them to wake, in a virtual machine above all. So a worker
+//! whose clients do that stays awake for a moment. It does not where requests come in numbers: there
+//! they gather while it sleeps, and are worked at together. Each time in vain makes the next attempts
+//! rarer, so that a client of another rhythm costs next to nothing.
+
+use std::time::Duration;
+
+/// Time that a worker stays awake; somewhat less than it takes to sleep and to be woken.
+const AWAKE: Duration = Duration::from_micros(20);
+/// Turns with a single request after which the next is expected to be one too.
+const LONE_TURNS_MIN: u32 = 64;
+/// Most waits that are slept through after attempts in vain.
+const PAUSE_MAX: u32 = 255;
+
+/// What the turns and waits of one worker were like.
+#[derive(Debug, Default)]
+pub struct Patience {
+    lone_turns: u32,
+    /// Waits to be slept through after the next attempt in vain.
+    pause: u32,
+    /// Waits that are still to be slept through.
+    paused: u32,
+}
+
+impl Patience {
+    /// A turn took so many requests. Turns without any tell nothing.
+    pub fn note_turn(&mut self, requests: usize) {
+        match requests {
+            0 => {}
+            1 => self.lone_turns = self.lone_turns.saturating_add(1),
+            _ => self.lone_turns = 0,
+        }
+    }
+
+    /// How long to stay awake in the wait that begins now, if at all.
+    pub fn time_awake(&mut self) -> Option<Duration> {
+        if self.lone_turns < LONE_TURNS_MIN {
+            return None;
+        }
+        if self.paused > 0 {
+            self.paused -= 1;
+            return None;
+        }
+        Some(AWAKE)
+    }
+
+    /// Whether something came while the worker was awake.
+    pub fn note_awake(&mut self, came: bool) {
+        self.pause = match came {
+            true => 0,
+            false => (self.pause * 2 + 1).min(PAUSE_MAX),
+        };
+        self.paused = self.pause;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempts(patience: &mut Patience, waits: usize, comes: bool) -> usize {
+        let mut attempts = 0;
+        for _ in 0..waits {
+            patience.note_turn(1);
+            if patience.time_awake().is_some() {
+                attempts += 1;
+                patience.note_awake(comes);
+            }
+        }
+        attempts
+    }
+
+    #[test]
+    fn lone_requests_are_awaited_awake() {
+        let mut patience = Patience::default();
+        assert_eq!(attempts(&mut patience, 63, true), 0);
+        assert_eq!(attempts(&mut patience, 100, true), 100);
+        patience.note_turn(2);
+        assert_eq!(patience.time_awake(), None);
+    }
+
+    #[test]
+    fn attempts_in_vain_become_rare_and_success_brings_them_back() {
+        let mut patience = Patience::default();
+        let in_vain = attempts(&mut patience, 10_000, false);
+        assert!(in_vain < 60, "{in_vain} attempts in vain");
+        assert!(attempts(&mut patience, 300, true) > 40);
+        assert_eq!(attempts(&mut patience, 100, true), 100);
+    }
+}
