@@ -10,3 +10,4 @@ pub mod nbd;
 pub mod process;
 pub mod seed;
 pub mod site;
+pub mod tls;

@@ -8,7 +8,11 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 /// Longest time that a peer may leave the client waiting.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,10 +49,16 @@ pub mod option {
     pub const META_CONTEXT: u32 = 4;
     /// Reply: unknown option.
     pub const ERR_UNSUPPORTED: u32 = 0x8000_0001;
+    /// Reply: not allowed.
+    pub const ERR_POLICY: u32 = 0x8000_0002;
     /// Reply: malformed data.
     pub const ERR_INVALID: u32 = 0x8000_0003;
+    /// Reply: not without TLS.
+    pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     /// Reply: no such export.
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
+    /// Reply: the block size must be asked for.
+    pub const ERR_BLOCK_SIZE_REQD: u32 = 0x8000_0008;
     /// Reply: too much data.
     pub const ERR_TOO_BIG: u32 = 0x8000_0009;
     /// Reply: extended headers are in use.
@@ -121,6 +131,12 @@ impl Channel for TcpStream {
     }
 }
 
+impl Channel for StreamOwned<ClientConnection, Box<dyn Channel>> {
+    fn limit_writes(&self, limit: Duration) -> io::Result<()> {
+        self.sock.limit_writes(limit)
+    }
+}
+
 /// A connection before and during the negotiation. Everything on it can be made wrong.
 pub struct Raw {
     channel: Box<dyn Channel>,
@@ -143,6 +159,37 @@ impl Raw {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
+        Ok(Self {
+            channel: Box::new(stream),
+        })
+    }
+
+    /// Asks for TLS and goes on over it.
+    ///
+    /// # Errors
+    ///
+    /// The server refuses the option or the handshake.
+    pub fn start_tls(mut self, config: &Arc<ClientConfig>) -> io::Result<Self> {
+        let replies = self.ask(option::STARTTLS, &[])?;
+        if replies != [(option::ACK, Vec::new())] {
+            return Err(broken(&format!("STARTTLS was refused: {replies:?}")));
+        }
+        self.over_tls(config)
+    }
+
+    /// Begins TLS without having asked.
+    ///
+    /// # Errors
+    ///
+    /// The server refuses the handshake.
+    pub fn over_tls(self, config: &Arc<ClientConfig>) -> io::Result<Self> {
+        let name = ServerName::try_from("localhost").map_err(io::Error::other)?;
+        let connection = ClientConnection::new(Arc::clone(config), name);
+        let connection = connection.map_err(io::Error::other)?;
+        let mut stream = StreamOwned::new(connection, self.channel);
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock)?;
+        }
         Ok(Self {
             channel: Box::new(stream),
         })
@@ -339,8 +386,24 @@ impl Client {
         Self::negotiate(Raw::tcp(address)?, export)
     }
 
+    /// Connects to a TCP port, goes over to TLS and chooses an export.
+    pub fn tls(address: SocketAddr, export: &str, config: &Arc<ClientConfig>) -> io::Result<Self> {
+        let mut raw = Raw::tcp(address)?;
+        raw.greet(3)?;
+        Self::choose(raw.start_tls(config)?, export)
+    }
+
     fn negotiate(mut raw: Raw, export: &str) -> io::Result<Self> {
         raw.greet(3)?;
+        Self::choose(raw, export)
+    }
+
+    /// Chooses an export by GO.
+    ///
+    /// # Errors
+    ///
+    /// The server refuses or breaks the protocol.
+    pub fn choose(mut raw: Raw, export: &str) -> io::Result<Self> {
         let replies = raw.ask(option::GO, &info_request(export, &[]))?;
         let described = replies
             .iter()

@@ -1,8 +1,11 @@
 //! Sockets that clients reach the tracker by: a unix socket, and TCP where asked for.
 //!
 //! A unix socket that a dead tracker left behind is taken over; one that somebody still answers
-//! on is not. A socket may also come from the service manager, and stays its own. Each accepted connection negotiates on a short-lived thread and is then handed to
-//! a worker; connections are capped before a thread is spent on them.
+//! on is not. A socket may also come from the service manager, and stays its own. Each accepted
+//! connection negotiates on a short-lived thread and is then handed to a worker; connections are
+//! capped before a thread is spent on them.
+//!
+//! TCP without TLS stays on this machine unless it was asked for by name, whoever made the socket.
 
 use std::fmt;
 use std::fs;
@@ -16,7 +19,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -38,6 +41,16 @@ impl Stream {
         match self {
             Self::Unix(stream) => stream.set_read_timeout(timeout),
             Self::Tcp(stream) => stream.set_read_timeout(timeout),
+        }
+    }
+
+    /// Who is on the other side, as far as that can be told.
+    pub fn peer(&self) -> String {
+        match self {
+            Self::Unix(_) => "a unix socket".to_owned(),
+            Self::Tcp(stream) => stream
+                .peer_addr()
+                .map_or_else(|_| "TCP".to_owned(), |address| address.to_string()),
         }
     }
 
@@ -81,6 +94,38 @@ impl From<Stream> for OwnedFd {
     }
 }
 
+/// Where NBD may be spoken over TCP without TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plaintext {
+    /// Nowhere: clients must use TLS, and any address will do.
+    Nowhere,
+    /// On loopback addresses, and no other may be listened on.
+    Loopback,
+    /// On every address.
+    Anywhere,
+}
+
+impl Plaintext {
+    /// Checks that an address may be listened on.
+    ///
+    /// # Errors
+    ///
+    /// It would carry the disk in the clear, and that was not asked for.
+    fn require_allowed(self, address: SocketAddr) -> Result<()> {
+        if self != Self::Loopback || address.ip().to_canonical().is_loopback() {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "Address {address} is not a loopback address, and without TLS everybody on the \
+                 way could read and change the disk: give --tls-cert and --tls-key without \
+                 --tls allowed, or --allow-plaintext-network where the network is trusted"
+            ),
+        ))
+    }
+}
+
 /// A socket that is listened on.
 #[derive(Debug)]
 pub struct Listener {
@@ -121,9 +166,9 @@ impl Listener {
     /// # Errors
     ///
     /// Those of [`bind_tcp`].
-    pub fn tcp(address: SocketAddr) -> Result<Self> {
+    pub fn tcp(address: SocketAddr, plaintext: Plaintext) -> Result<Self> {
         Ok(Self {
-            socket: Socket::Tcp(bind_tcp(address)?),
+            socket: Socket::Tcp(bind_tcp(address, plaintext)?),
             origin: Origin::Bound(None),
         })
     }
@@ -138,16 +183,13 @@ impl Listener {
         Self::inherited(socket.map(Socket::Unix))
     }
 
-    /// A TCP port that the service manager listens on; loopback addresses only, as [`bind_tcp`].
+    /// A TCP port that the service manager listens on. Before the first `accept` it must be
+    /// checked by [`Self::require_allowed`].
     ///
     /// # Errors
     ///
-    /// The address is not a loopback address, or descriptors have run out.
+    /// Descriptors have run out.
     pub fn inherited_tcp(listener: TcpListener) -> Result<Self> {
-        let address = listener
-            .local_addr()
-            .map_err(|error| Error::io("Cannot read the address of a socket", error))?;
-        require_loopback(address)?;
         let socket = listener.set_nonblocking(true).map(|()| listener);
         Self::inherited(socket.map(Socket::Tcp))
     }
@@ -161,6 +203,26 @@ impl Listener {
                     .map_err(|errno| Error::io(unusable, errno))?,
             ),
         })
+    }
+
+    /// Checks the address of a socket that somebody else has bound.
+    ///
+    /// # Errors
+    ///
+    /// It is a TCP address that may not be listened on.
+    pub fn require_allowed(&self, plaintext: Plaintext) -> Result<()> {
+        let Socket::Tcp(listener) = &self.socket else {
+            return Ok(());
+        };
+        let address = listener
+            .local_addr()
+            .map_err(|error| Error::io("Cannot read the address of a socket", error))?;
+        plaintext.require_allowed(address)
+    }
+
+    /// It is a TCP port.
+    pub fn is_tcp(&self) -> bool {
+        matches!(self.socket, Socket::Tcp(_))
     }
 
     /// Waits for the next connection.
@@ -188,6 +250,7 @@ impl Listener {
                 let (stream, _) = listener.accept()?;
                 // Replies are sent in batches already; waiting for more only adds latency.
                 stream.set_nodelay(true)?;
+                notice_silence(&stream)?;
                 Ok(Stream::Tcp(stream))
             }
         }
@@ -314,27 +377,25 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Listens on a TCP port. Without TLS only loopback addresses are taken.
+/// Listens on a TCP port.
 ///
 /// # Errors
 ///
-/// The address is not a loopback address, or cannot be bound.
-pub fn bind_tcp(address: SocketAddr) -> Result<TcpListener> {
-    require_loopback(address)?;
+/// The address may not be listened on, or cannot be bound.
+pub fn bind_tcp(address: SocketAddr, plaintext: Plaintext) -> Result<TcpListener> {
+    plaintext.require_allowed(address)?;
     TcpListener::bind(address)
         .map_err(|error| Error::io(format!("Cannot listen on {address}"), error))
 }
 
-fn require_loopback(address: SocketAddr) -> Result<()> {
-    if !address.ip().is_loopback() {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "Address {address} is not a loopback address: without TLS the disk is served on \
-                 loopback and unix sockets only"
-            ),
-        ));
-    }
+/// Has the kernel ask a silent peer whether it still lives, and give a connection up after two
+/// minutes without an answer: a machine that lost its power does not say goodbye, and would keep
+/// its place among the connections for ever.
+fn notice_silence(stream: &TcpStream) -> io::Result<()> {
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &60)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &10)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &6)?;
     Ok(())
 }
 
@@ -387,10 +448,47 @@ mod tests {
 
     #[test]
     fn without_tls_only_loopback_is_served() {
+        for (address, is_here) in [
+            ("0.0.0.0:0", false),
+            ("[::]:0", false),
+            ("192.0.2.1:1", false),
+            ("127.0.0.1:0", true),
+            ("127.8.9.1:0", true),
+            ("[::1]:0", true),
+            ("[::ffff:127.0.0.1]:0", true),
+            ("[::ffff:192.0.2.1]:0", false),
+        ] {
+            let address: SocketAddr = address.parse().unwrap();
+            let allowed = Plaintext::Loopback.require_allowed(address);
+            assert_eq!(allowed.is_ok(), is_here, "{address}");
+            assert!(Plaintext::Nowhere.require_allowed(address).is_ok());
+            assert!(Plaintext::Anywhere.require_allowed(address).is_ok());
+        }
+    }
+
+    #[test]
+    fn inherited_sockets_obey_the_same_rule() {
         let everywhere = TcpListener::bind("0.0.0.0:0").unwrap();
-        let error = Listener::inherited_tcp(everywhere).unwrap_err();
+        let everywhere = Listener::inherited_tcp(everywhere).unwrap();
+        let error = everywhere.require_allowed(Plaintext::Loopback).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(everywhere.require_allowed(Plaintext::Nowhere).is_ok());
         let here = TcpListener::bind("127.0.0.1:0").unwrap();
-        assert!(Listener::inherited_tcp(here).is_ok());
+        let here = Listener::inherited_tcp(here).unwrap();
+        assert!(here.require_allowed(Plaintext::Loopback).is_ok());
+    }
+
+    #[test]
+    fn a_silent_peer_is_asked_whether_it_lives() {
+        use nix::sys::socket::getsockopt;
+        let address = "127.0.0.1:0".parse().unwrap();
+        let listener = Listener::tcp(address, Plaintext::Loopback).unwrap();
+        let address: SocketAddr = listener.to_string().parse().unwrap();
+        let _client = TcpStream::connect(address).unwrap();
+        let Stream::Tcp(stream) = listener.accept().unwrap() else {
+            panic!("it is TCP")
+        };
+        assert!(getsockopt(&stream, sockopt::KeepAlive).unwrap());
+        assert_eq!(getsockopt(&stream, sockopt::TcpKeepIdle).unwrap(), 60);
     }
 }

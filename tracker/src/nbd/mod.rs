@@ -8,4 +8,6 @@ pub mod listener;
 pub mod metadata;
 pub mod reply;
 pub mod request;
+mod timed;
+pub mod tls;
 pub mod wire;
