@@ -1,14 +1,19 @@
 //! The disks that are served: raw image files and block devices.
 
+mod direct;
+mod growth;
+
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::fcntl::Flock;
 use nix::sys::statfs;
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -26,6 +31,38 @@ pub enum DiskKind {
     Device,
 }
 
+/// The size of a disk as its clients see it at this moment. It only grows.
+#[derive(Clone, Debug)]
+pub struct LiveSize(Arc<AtomicU64>);
+
+impl LiveSize {
+    /// A size of so many bytes.
+    pub fn new(bytes: u64) -> Self {
+        Self(Arc::new(bytes.into()))
+    }
+
+    /// Bytes at this moment.
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn grow_to(&self, bytes: u64) {
+        self.0.fetch_max(bytes, Ordering::Release);
+    }
+}
+
+/// What a disk is to grow to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NewSize {
+    /// The size that the file or device has already.
+    Present,
+    /// So many bytes.
+    Bytes(u64),
+    /// So many bytes more than are served.
+    More(u64),
+}
+
 /// One open disk. It is locked against a second tracker as long as it lives.
 #[derive(Debug)]
 pub struct Disk {
@@ -33,10 +70,14 @@ pub struct Disk {
     path: PathBuf,
     file: Flock<File>,
     kind: DiskKind,
-    size_bytes: u64,
+    size: LiveSize,
     read_only: bool,
     identity: [u8; 16],
     inline_writes: bool,
+    /// In memory altogether, so that a sync has nothing to wait for.
+    volatile: bool,
+    /// With direct I/O, what requests are aligned to.
+    direct_alignment: Option<u32>,
     sync_failed: AtomicBool,
 }
 
@@ -93,9 +134,12 @@ impl Disk {
             name: name.to_owned(),
             path: path.to_owned(),
             inline_writes: kind == DiskKind::File && !takes_async_buffered_writes(&file),
+            volatile: statfs::fstatfs(&*file)
+                .is_ok_and(|status| status.filesystem_type() == statfs::TMPFS_MAGIC),
+            direct_alignment: None,
             file,
             kind,
-            size_bytes,
+            size: LiveSize::new(size_bytes),
             read_only,
             identity: identity(path, kind, &metadata),
             sync_failed: AtomicBool::new(false),
@@ -131,9 +175,14 @@ impl Disk {
         self.kind
     }
 
-    /// Size in bytes; fixed while the disk is served.
+    /// Size in bytes as it is served at this moment.
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size.bytes()
+    }
+
+    /// The same for whoever does not hold the disk.
+    pub fn size(&self) -> LiveSize {
+        self.size.clone()
     }
 
     /// Writes are refused.
@@ -157,7 +206,17 @@ impl Disk {
     /// Where the file system cannot write to the page cache without blocking, io_uring hands each
     /// write to a kernel thread, which costs more than the write.
     pub fn inline_writes(&self) -> bool {
-        self.inline_writes
+        self.inline_writes && self.uses_page_cache()
+    }
+
+    /// Reads and writes go through the page cache.
+    pub fn uses_page_cache(&self) -> bool {
+        self.direct_alignment.is_none()
+    }
+
+    /// A sync has nothing to wait for, and is made by the worker itself.
+    pub fn syncs_at_once(&self) -> bool {
+        self.volatile
     }
 
     /// Remembers that a sync failed: the kernel has dropped the pages that it could not write and

@@ -6,8 +6,9 @@
 //!
 //! What the options settle is kept in one [`Agreement`] until the client chooses an export.
 //!
-//! What it does not handle: TLS. It is answered as an unsupported option, which the specification
-//! makes a client accept.
+//! STARTTLS: until it no byte is read beyond the option that is looked at, so that whatever stands
+//! behind it in the clear reaches TLS, which refuses it, and never counts as said under TLS. What
+//! was settled before it is forgotten. Where TLS is required nothing is told before it.
 
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
@@ -17,10 +18,13 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::listener::Stream;
 use super::metadata::{Context, ContextRequest, ContextSet, take_string};
 use super::request::PAYLOAD_BYTES_MAX;
+use super::timed::Timed;
+use super::tls::{Encryption, Secured};
 use super::wire::{
     INIT_MAGIC, Mode, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionReplyHeader,
     STRING_BYTES_MAX, handshake_flags, info, option, option_reply, transmission_flags,
 };
+use crate::disk::LiveSize;
 use crate::extent::BLOCK_SIZE;
 
 /// Time that a client has for its whole negotiation.
@@ -29,20 +33,32 @@ pub const DEADLINE: Duration = Duration::from_secs(10);
 const OPTION_BYTES_MAX: u32 = 16 << 10;
 /// Options that one client may send; real ones need fewer than ten.
 const OPTIONS_MAX: u32 = 256;
+
+/// What clients align their requests to that were told nothing.
+const ALIGNMENT_EXPECTED: u32 = 512;
+
 /// An export as the negotiation shows it.
 #[derive(Clone, Debug)]
 pub struct Export {
     /// Its name.
     pub name: String,
-    /// Its size in bytes.
-    pub size_bytes: u64,
+    /// Its size, which may grow.
+    pub size: LiveSize,
     /// Writes are refused.
     pub read_only: bool,
+    /// Offsets and lengths must be multiples of so many bytes.
+    pub alignment: u32,
     /// A journal remembers its changes.
     pub tracked: bool,
 }
 
 impl Export {
+    /// Whether clients must have been told of the alignment before they may come in. Those that do
+    /// not ask keep to sectors of 512 bytes ("Size constraints").
+    fn needs_block_size(&self) -> bool {
+        self.alignment > ALIGNMENT_EXPECTED
+    }
+
     fn transmission_flags(&self, mode: Mode, contexts: ContextSet) -> u16 {
         use transmission_flags as flags;
         let mut offered = flags::HAS_FLAGS
@@ -113,51 +129,45 @@ impl Agreement {
     }
 }
 
+/// A client that is ready for transmission.
+#[derive(Debug)]
+pub struct Negotiated {
+    /// What it has chosen.
+    pub session: Session,
+    /// The TLS that it speaks, if it does.
+    pub secured: Option<Secured>,
+}
+
 /// Negotiates with one client. Returns what it chose, or `None` when it took its leave in good
 /// order.
 ///
 /// # Errors
 ///
 /// The peer broke the protocol, went away, or was slower than [`DEADLINE`].
-pub fn negotiate(stream: &Stream, exports: &[Export]) -> io::Result<Option<Session>> {
+pub fn negotiate(
+    stream: &Stream,
+    exports: &[Export],
+    encryption: &Encryption,
+) -> io::Result<Option<Negotiated>> {
     let mut channel = Channel {
-        stream,
-        deadline: Instant::now() + DEADLINE,
+        socket: Timed::new(stream, Instant::now() + DEADLINE),
+        secured: None,
+        encryption,
         agreement: Agreement::default(),
     };
-    let mut greeting = Vec::with_capacity(18);
-    greeting.extend_from_slice(&INIT_MAGIC.to_be_bytes());
-    greeting.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
-    let offered = handshake_flags::FIXED_NEWSTYLE | handshake_flags::NO_ZEROES;
-    greeting.extend_from_slice(&offered.to_be_bytes());
-    channel.send(&greeting)?;
-
-    let mut client_flags = [0; 4];
-    channel.receive(&mut client_flags)?;
-    let client_flags = u32::from_be_bytes(client_flags);
-    if client_flags & !u32::from(offered) != 0 {
-        return Err(violation(format!("unknown client flags {client_flags:#x}")));
+    let outcome = channel.greet().and_then(|()| channel.haggle(exports));
+    let Channel {
+        mut socket,
+        mut secured,
+        ..
+    } = channel;
+    if let Ok(Some(session)) = outcome {
+        return Ok(Some(Negotiated { session, secured }));
     }
-    channel.agreement.no_zeroes = client_flags & u32::from(handshake_flags::NO_ZEROES) != 0;
-
-    for _ in 0..OPTIONS_MAX {
-        let mut header = [0; size_of::<OptionHeader>()];
-        channel.receive(&mut header)?;
-        let header = OptionHeader::read_from_bytes(&header)
-            .map_err(|_| violation("an option header of the wrong size".into()))?;
-        if header.magic.get() != OPTION_MAGIC {
-            return Err(violation(format!("option magic {:#x}", header.magic.get())));
-        }
-        let Some(data) = channel.receive_option_data(&header)? else {
-            continue;
-        };
-        match channel.answer(header.option.get(), &data, exports)? {
-            Next::Option => {}
-            Next::Transmission(session) => return Ok(Some(session)),
-            Next::Close => return Ok(None),
-        }
+    if let Some(secured) = &mut secured {
+        secured.say_goodbye(&mut socket);
     }
-    Err(violation(format!("more than {OPTIONS_MAX} options")))
+    outcome.map(|_| None)
 }
 
 /// What follows an answered option.
@@ -176,52 +186,124 @@ fn violation(what: String) -> io::Error {
 
 /// The socket under the deadline, and what was settled over it.
 struct Channel<'a> {
-    stream: &'a Stream,
-    deadline: Instant,
+    socket: Timed<'a>,
+    /// TLS over the socket, once it has begun.
+    secured: Option<Secured>,
+    encryption: &'a Encryption,
     agreement: Agreement,
 }
 
 impl Channel<'_> {
-    fn remaining(&self) -> io::Result<Duration> {
-        let remaining = self.deadline.saturating_duration_since(Instant::now());
-        if remaining.is_zero() {
-            return Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "the negotiation took too long",
-            ));
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        match &mut self.secured {
+            Some(secured) => secured.over(&mut self.socket).read_exact(buffer),
+            None => self.socket.read_exact(buffer),
         }
-        Ok(remaining)
     }
 
-    fn receive(&mut self, mut buffer: &mut [u8]) -> io::Result<()> {
-        while !buffer.is_empty() {
-            self.stream.set_read_timeout(Some(self.remaining()?))?;
-            match (&*self.stream).read(buffer) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => buffer = buffer.get_mut(count..).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.secured {
+            Some(secured) => {
+                let mut stream = secured.over(&mut self.socket);
+                stream.write_all(bytes)?;
+                stream.flush()
             }
+            None => self.socket.write_all(bytes),
+        }
+    }
+
+    /// The greeting and the flags that answer it.
+    fn greet(&mut self) -> io::Result<()> {
+        let mut greeting = Vec::with_capacity(18);
+        greeting.extend_from_slice(&INIT_MAGIC.to_be_bytes());
+        greeting.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
+        let offered = handshake_flags::FIXED_NEWSTYLE | handshake_flags::NO_ZEROES;
+        greeting.extend_from_slice(&offered.to_be_bytes());
+        self.send(&greeting)?;
+
+        let mut flags = [0; 4];
+        self.receive(&mut flags)?;
+        let flags = u32::from_be_bytes(flags);
+        if flags & !u32::from(offered) != 0 {
+            return Err(violation(format!("unknown client flags {flags:#x}")));
+        }
+        self.agreement.no_zeroes = flags & u32::from(handshake_flags::NO_ZEROES) != 0;
+        if flags & u32::from(handshake_flags::FIXED_NEWSTYLE) == 0 {
+            // Such a client understands neither STARTTLS nor a demand for it.
+            if matches!(self.encryption, Encryption::Required(_)) {
+                return Err(violation("no flag of fixed newstyle, without TLS".into()));
+            }
+            self.encryption = &Encryption::Off;
         }
         Ok(())
     }
 
-    fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            self.stream.set_write_timeout(Some(self.remaining()?))?;
-            match (&*self.stream).write(bytes) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+    /// Answers options until the client chooses an export or takes its leave.
+    fn haggle(&mut self, exports: &[Export]) -> io::Result<Option<Session>> {
+        for _ in 0..OPTIONS_MAX {
+            let mut header = [0; size_of::<OptionHeader>()];
+            self.receive(&mut header)?;
+            let header = OptionHeader::read_from_bytes(&header)
+                .map_err(|_| violation("an option header of the wrong size".into()))?;
+            if header.magic.get() != OPTION_MAGIC {
+                return Err(violation(format!("option magic {:#x}", header.magic.get())));
+            }
+            let (number, length) = (header.option.get(), header.length.get());
+            let next = match self.receive_option_data(length)? {
+                _ if self.needs_tls(number) => self.demand_tls(number)?,
+                Some(data) => self.answer(number, &data, exports)?,
+                None => self.refuse_length(number, length)?,
+            };
+            match next {
+                Next::Option => {}
+                Next::Transmission(session) => return Ok(Some(session)),
+                Next::Close => return Ok(None),
             }
         }
-        Ok(())
+        Err(violation(format!("more than {OPTIONS_MAX} options")))
     }
 
-    /// Reads an option's data; too long ones are thrown away and answered, and give `None`.
-    fn receive_option_data(&mut self, header: &OptionHeader) -> io::Result<Option<Vec<u8>>> {
-        let length = header.length.get();
+    /// Whether an option is not answered before TLS has begun.
+    fn needs_tls(&self, number: u32) -> bool {
+        matches!(self.encryption, Encryption::Required(_))
+            && self.secured.is_none()
+            && !matches!(number, option::STARTTLS | option::ABORT)
+    }
+
+    fn demand_tls(&mut self, number: u32) -> io::Result<Next> {
+        if number == option::EXPORT_NAME {
+            return Err(violation("the name of an export before STARTTLS".into()));
+        }
+        let text = "This server requires TLS: begin with STARTTLS";
+        self.refuse(number, option_reply::ERR_TLS_REQD, text)
+    }
+
+    fn start_tls(&mut self, data: &[u8]) -> io::Result<Next> {
+        let number = option::STARTTLS;
+        if !data.is_empty() {
+            let text = "The option takes no data";
+            return self.refuse(number, option_reply::ERR_INVALID, text);
+        }
+        if self.secured.is_some() {
+            let text = "TLS is in use already";
+            return self.refuse(number, option_reply::ERR_INVALID, text);
+        }
+        let (Encryption::Allowed(tls) | Encryption::Required(tls)) = self.encryption else {
+            let text = "TLS is not offered on this socket";
+            return self.refuse(number, option_reply::ERR_POLICY, text);
+        };
+        self.reply(number, option_reply::ACK, &[])?;
+        self.secured = Some(tls.accept(&mut self.socket)?);
+        // The flag is of the greeting, which is not repeated.
+        self.agreement = Agreement {
+            no_zeroes: self.agreement.no_zeroes,
+            ..Agreement::default()
+        };
+        Ok(Next::Option)
+    }
+
+    /// Reads an option's data; too long ones are thrown away and give `None`.
+    fn receive_option_data(&mut self, length: u32) -> io::Result<Option<Vec<u8>>> {
         if length <= OPTION_BYTES_MAX {
             let mut data = vec![0; length as usize];
             self.receive(&mut data)?;
@@ -234,16 +316,15 @@ impl Channel<'_> {
             self.receive(&mut waste[..step])?;
             left -= step;
         }
-        if header.option.get() == option::EXPORT_NAME {
+        Ok(None)
+    }
+
+    fn refuse_length(&mut self, number: u32, length: u32) -> io::Result<Next> {
+        if number == option::EXPORT_NAME {
             return Err(violation(format!("an export name of {length} bytes")));
         }
         let text = format!("The option's data exceed {OPTION_BYTES_MAX} bytes");
-        self.reply(
-            header.option.get(),
-            option_reply::ERR_TOO_BIG,
-            text.as_bytes(),
-        )?;
-        Ok(None)
+        self.refuse(number, option_reply::ERR_TOO_BIG, &text)
     }
 
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
@@ -273,6 +354,7 @@ impl Channel<'_> {
                 Ok(Next::Close)
             }
             option::LIST => self.list(data, exports),
+            option::STARTTLS => self.start_tls(data),
             option::INFO | option::GO => self.describe(number, data, exports),
             option::STRUCTURED_REPLY => self.set_mode(number, data, Mode::Structured),
             option::EXTENDED_HEADERS => self.set_mode(number, data, Mode::Extended),
@@ -356,8 +438,12 @@ impl Channel<'_> {
             ));
         };
         let (export, session) = (&exports[index], self.agreement.session(index));
+        if export.needs_block_size() {
+            let what = "EXPORT_NAME, which cannot be told the block size of the export";
+            return Err(violation(what.into()));
+        }
         let flags = export.transmission_flags(session.mode, session.contexts);
-        let mut message = export.size_bytes.to_be_bytes().to_vec();
+        let mut message = export.size.bytes().to_be_bytes().to_vec();
         message.extend_from_slice(&flags.to_be_bytes());
         if !self.agreement.no_zeroes {
             message.resize(message.len() + 124, 0);
@@ -392,9 +478,17 @@ impl Channel<'_> {
             return self.unknown_export(number, name);
         };
         let (export, session) = (&exports[index], self.agreement.session(index));
+        let asks = wanted.contains(&info::BLOCK_SIZE);
+        if number == option::GO && export.needs_block_size() && !asks {
+            let text = format!(
+                "Requests must be multiples of {} bytes: ask for the block size first",
+                export.alignment
+            );
+            return self.refuse(number, option_reply::ERR_BLOCK_SIZE_REQD, &text);
+        }
         let flags = export.transmission_flags(session.mode, session.contexts);
         let mut item = info::EXPORT.to_be_bytes().to_vec();
-        item.extend_from_slice(&export.size_bytes.to_be_bytes());
+        item.extend_from_slice(&export.size.bytes().to_be_bytes());
         item.extend_from_slice(&flags.to_be_bytes());
         self.reply(number, option_reply::INFO, &item)?;
         if wanted.contains(&info::NAME) {
@@ -402,9 +496,9 @@ impl Channel<'_> {
             item.extend_from_slice(export.name.as_bytes());
             self.reply(number, option_reply::INFO, &item)?;
         }
-        if wanted.contains(&info::BLOCK_SIZE) {
+        if asks {
             let mut item = info::BLOCK_SIZE.to_be_bytes().to_vec();
-            for size in [1, BLOCK_SIZE as u32, PAYLOAD_BYTES_MAX] {
+            for size in [export.alignment, BLOCK_SIZE as u32, PAYLOAD_BYTES_MAX] {
                 item.extend_from_slice(&size.to_be_bytes());
             }
             self.reply(number, option_reply::INFO, &item)?;

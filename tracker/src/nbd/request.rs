@@ -122,6 +122,8 @@ pub struct Terms {
     pub size_bytes: u64,
     /// Writes are refused.
     pub read_only: bool,
+    /// Offsets and lengths are multiples of so many bytes.
+    pub alignment: u32,
     /// The headers in use.
     pub mode: Mode,
     /// The contexts that the client has selected.
@@ -278,6 +280,10 @@ fn check_range(header: &RequestHeader, command: Command, terms: &Terms) -> Resul
         };
         return Err((error, "The range ends after the end of the export"));
     }
+    if !(offset | length).is_multiple_of(u64::from(terms.alignment)) {
+        let reason = "Offset or length is no multiple of the minimum block size";
+        return Err((ReplyError::Invalid, reason));
+    }
     match command {
         Command::Read { .. } | Command::Write if length > u64::from(PAYLOAD_BYTES_MAX) => {
             // EOVERFLOW tells a client to try smaller pieces; simple replies do not have it.
@@ -316,6 +322,7 @@ mod tests {
     const TERMS: Terms = Terms {
         size_bytes: 1 << 20,
         read_only: false,
+        alignment: 1,
         mode: Mode::Simple,
         contexts: ContextSet::NONE,
     };
@@ -358,6 +365,26 @@ mod tests {
         }
         let past = header(command::BLOCK_STATUS, 0, 1 << 20, 1);
         refused(validate(&past, &extended_terms()), ReplyError::Invalid);
+    }
+
+    #[test]
+    fn what_is_not_aligned_is_invalid() {
+        let terms = Terms {
+            alignment: 512,
+            ..TERMS
+        };
+        for (offset, length) in [(256, 512), (512, 256), (1, 1)] {
+            for number in [command::READ, command::WRITE, command::TRIM, command::CACHE] {
+                let verdict = validate(&header(number, 0, offset, length), &terms);
+                refused(verdict, ReplyError::Invalid);
+            }
+        }
+        for number in [command::READ, command::WRITE, command::FLUSH] {
+            let length = if number == command::FLUSH { 0 } else { 512 };
+            let offset = length * 3;
+            let verdict = validate(&header(number, 0, offset, length), &terms);
+            assert!(matches!(verdict, Verdict::Accept(_)), "{verdict:?}");
+        }
     }
 
     #[test]
@@ -507,14 +534,14 @@ mod tests {
         fn what_is_accepted_lies_inside_the_disk_and_uses_what_was_negotiated(
             number in 0u16..12, flags in any::<u16>(), offset in any::<u64>(), length in any::<u64>(),
             size_bytes in 0u64..1 << 40, near in any::<bool>(), mode in 0usize..3, small in any::<bool>(),
-            read_only in any::<bool>(), selected in any::<bool>(), payload in any::<[u8; 16]>(),
+            alignment in prop::sample::select(vec![1u32, 512, 4096]), read_only in any::<bool>(), selected in any::<bool>(), payload in any::<[u8; 16]>(),
         ) {
             let mode = [Mode::Simple, Mode::Structured, Mode::Extended][mode];
             let offset = if near { size_bytes.wrapping_sub(offset % 65536) } else { offset };
             let length = if small { length % 65536 } else { length };
             let length = if mode == Mode::Extended { length } else { length & 0xffff_ffff };
             let contexts = if selected { extended_terms().contexts } else { ContextSet::NONE };
-            let terms = Terms { size_bytes, read_only, mode, contexts };
+            let terms = Terms { size_bytes, read_only, alignment, mode, contexts };
             let head = header(number, flags % 64, offset, length);
             let verdict = match validate(&head, &terms) {
                 Verdict::NeedsPayload { payload_bytes } => {
@@ -525,6 +552,7 @@ mod tests {
             };
             if let Verdict::Accept(request) = verdict {
                 prop_assert!(request.offset + request.length <= size_bytes);
+                prop_assert_eq!((request.offset | request.length) % u64::from(alignment), 0);
                 prop_assert!(request.payload_bytes() <= PAYLOAD_BYTES_MAX as usize);
                 match request.command {
                     Command::Read { whole } => prop_assert!(!whole || mode != Mode::Simple),

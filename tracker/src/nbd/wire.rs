@@ -68,6 +68,8 @@ pub mod option {
     pub const ABORT: u32 = 2;
     /// List the exports.
     pub const LIST: u32 = 3;
+    /// Go on over TLS.
+    pub const STARTTLS: u32 = 5;
     /// Describe an export.
     pub const INFO: u32 = 6;
     /// Choose an export and go to transmission.
@@ -94,10 +96,16 @@ pub mod option_reply {
     pub const META_CONTEXT: u32 = 4;
     /// The option is not known.
     pub const ERR_UNSUP: u32 = (1 << 31) + 1;
+    /// The option is known and not allowed here.
+    pub const ERR_POLICY: u32 = (1 << 31) + 2;
     /// The option's data are malformed.
     pub const ERR_INVALID: u32 = (1 << 31) + 3;
+    /// Nothing goes on without TLS.
+    pub const ERR_TLS_REQD: u32 = (1 << 31) + 5;
     /// The export does not exist.
     pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
+    /// The client must ask for the block size first.
+    pub const ERR_BLOCK_SIZE_REQD: u32 = (1 << 31) + 8;
     /// The request is larger than the server takes.
     pub const ERR_TOO_BIG: u32 = (1 << 31) + 9;
     /// Extended headers are in use, and the option would go back from them.
