@@ -79,7 +79,14 @@ fn every_constant_has_a_row() {
 fn every_test_that_a_row_names_exists() {
     let document = read("docs/nbd-support.md");
     let mut sources = String::new();
-    for file in ["nbd_conformance", "nbd_chunks", "nbd_clients"] {
+    for file in [
+        "nbd_conformance",
+        "nbd_chunks",
+        "nbd_clients",
+        "nbd_tls",
+        "nbd_direct",
+        "resize",
+    ] {
         sources.push_str(&read(&format!("tests/tests/{file}.rs")));
     }
     let mut count = 0;

@@ -6,10 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use tracker::disk::NewSize;
+use tracker::engine::EngineChoice;
 use tracker::error::{Error, ErrorKind, Result};
 use tracker::nbd::attach::{AttachOptions, Device};
-use tracker::nbd::listener::Listener;
-use tracker::serve::{DiskArgument, ServeOptions};
+use tracker::nbd::listener::{Listener, Plaintext};
+use tracker::nbd::tls::TlsFiles;
+use tracker::serve::{DiskArgument, ServeOptions, TlsOptions};
 use tracker::systemd::Activated;
 
 /// Longest time on the command line; far below where the kernel's clock ticks overflow.
@@ -47,6 +50,18 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Let a served disk grow
+    Resize {
+        /// Control socket of the tracker
+        #[arg(long, value_name = "PATH")]
+        control: PathBuf,
+        /// Name of the disk
+        disk: String,
+        /// Size that its file gets, such as 20GiB, or +5GiB for so much more [default: the size that
+        /// the file or device has by now]
+        #[arg(value_parser = parse_new_size)]
+        size: Option<NewSize>,
     },
     /// Look into a journal file
     #[command(subcommand)]
@@ -136,15 +151,20 @@ pub struct ServeArguments {
     /// Unix socket to serve NBD on; may be left out where systemd hands a socket over
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Serve NBD over TCP as well; loopback addresses only
+    /// Serve NBD over TCP as well; addresses other than loopback need TLS
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
+    #[command(flatten)]
+    tls: TlsArguments,
     /// Control socket, mode 0600 [default: SOCKET.control]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
     /// Worker threads [default: the number of processors, 4 at most]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: Option<u16>,
+    /// What carries out the I/O
+    #[arg(long, value_name = "ENGINE", value_enum, default_value_t)]
+    engine: EngineChoice,
     /// Size of the journal's ring, for new journals
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = parse_size)]
     ring_size: u64,
@@ -154,12 +174,73 @@ pub struct ServeArguments {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// Leave the page cache out (O_DIRECT); clients must keep to the block size that they are told
+    #[arg(long)]
+    direct: bool,
     /// Do not track changes: for benchmarks; the disk cannot be protected
     #[arg(long, conflicts_with = "resync")]
     no_journal: bool,
     /// Distrust the journals: set them aside, and have every block checked by fingerprints
     #[arg(long)]
     resync: bool,
+}
+
+/// What `tracker serve` is told of TLS.
+#[derive(Debug, Args)]
+struct TlsArguments {
+    /// Certificate for TLS over TCP, followed by those between it and its authority
+    #[arg(long, value_name = "PEM", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Key of the certificate; no other account may read it
+    #[arg(long, value_name = "PEM", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Authorities of client certificates: clients without one of theirs are refused
+    #[arg(long, value_name = "PEM", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+    /// Whether clients over TCP must use TLS [default: required, where there is a certificate]
+    #[arg(long, value_name = "HOW", value_parser = ["required", "allowed"], requires = "tls_cert")]
+    tls: Option<String>,
+    /// Serve NBD over TCP without TLS on any address: everybody on the way can read and change the disk
+    #[arg(long)]
+    allow_plaintext_network: bool,
+}
+
+impl TlsArguments {
+    /// TLS, and where TCP may go without it.
+    ///
+    /// # Errors
+    ///
+    /// The arguments contradict each other, or there is no TCP that they could be for.
+    fn checked(self, serves_tcp: bool) -> Result<(Option<TlsOptions>, Plaintext)> {
+        let invalid = |text| Err(Error::new(ErrorKind::Invalid, text));
+        let tls = match (self.tls_cert, self.tls_key) {
+            (Some(certificate), Some(key)) => Some(TlsOptions {
+                files: TlsFiles {
+                    certificate,
+                    key,
+                    client_authorities: self.tls_client_ca,
+                },
+                required: self.tls.is_none_or(|how| how == "required"),
+            }),
+            _ => None,
+        };
+        if !serves_tcp && (tls.is_some() || self.allow_plaintext_network) {
+            return invalid(
+                "TLS and --allow-plaintext-network are for TCP, which is not served: give an \
+                 address with --listen ADDR:PORT",
+            );
+        }
+        let required = tls.as_ref().is_some_and(|tls| tls.required);
+        match (required, self.allow_plaintext_network) {
+            (true, true) => invalid(
+                "TLS is required, so that --allow-plaintext-network allows nothing: leave it out, \
+                 or give --tls allowed",
+            ),
+            (true, false) => Ok((tls, Plaintext::Nowhere)),
+            (false, false) => Ok((tls, Plaintext::Loopback)),
+            (false, true) => Ok((tls, Plaintext::Anywhere)),
+        }
+    }
 }
 
 impl ServeArguments {
@@ -194,15 +275,21 @@ impl ServeArguments {
         }
         let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
         let control = control_path(self.control, self.socket.as_deref(), activated)?;
+        let serves_tcp = self.listen.is_some() || activated.nbd.iter().any(Listener::is_tcp);
+        let (tls, plaintext) = self.tls.checked(serves_tcp)?;
         Ok(ServeOptions {
             disks,
             control,
             socket: self.socket,
             listen: self.listen,
+            tls,
+            plaintext,
             workers: self.workers.map_or(processors.min(4), usize::from),
+            engine: self.engine,
             ring_bytes: self.ring_size,
             journal_folder: self.journal_dir,
             read_only: self.read_only,
+            direct: self.direct,
             tracking: !self.no_journal && !self.read_only,
             rebuild: self.resync,
         })
@@ -284,7 +371,15 @@ fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
-/// A size in bytes with an optional unit KiB, MiB or GiB.
+/// A size, or what is to be added to one.
+fn parse_new_size(text: &str) -> std::result::Result<NewSize, String> {
+    match text.strip_prefix('+') {
+        Some(more) => parse_size(more).map(NewSize::More),
+        None => parse_size(text).map(NewSize::Bytes),
+    }
+}
+
+/// A size in bytes with an optional unit KiB, MiB, GiB or TiB.
 fn parse_size(text: &str) -> std::result::Result<u64, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -295,7 +390,12 @@ fn parse_size(text: &str) -> std::result::Result<u64, String> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "GiB" => 1 << 30,
-        other => return Err(format!("unknown unit {other:?}: use B, KiB, MiB or GiB")),
+        "TiB" => 1 << 40,
+        other => {
+            return Err(format!(
+                "unknown unit {other:?}: use B, KiB, MiB, GiB or TiB"
+            ));
+        }
     };
     let number: u64 = number
         .parse()
@@ -344,8 +444,18 @@ mod tests {
     fn sizes_have_units() {
         assert_eq!(parse_size("64MiB"), Ok(64 << 20));
         assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("2TiB"), Ok(2 << 40));
         assert!(parse_size("64MB").is_err());
         assert!(parse_size("MiB").is_err());
         assert!(parse_size("99999999999GiB").is_err());
+    }
+
+    #[test]
+    fn a_new_size_is_absolute_or_more() {
+        assert_eq!(parse_new_size("20GiB"), Ok(NewSize::Bytes(20 << 30)));
+        assert_eq!(parse_new_size("+5GiB"), Ok(NewSize::More(5 << 30)));
+        for wrong in ["", "+", "-5GiB", "++1", "5 gigabytes"] {
+            assert!(parse_new_size(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -25,17 +25,26 @@ pub enum Place {
     DistrustAfterCheckpointBeforePublish,
     RecoverAfterHolesBeforePublish,
     RecoverAfterFirstPublishBeforeSecond,
+    RecoverAfterSecondPublishBeforeGrow,
+    GrowAfterCopyBeforeSync,
+    GrowAfterMoveBeforePunch,
+    GrowAfterRoomBeforeRecord,
+    GrowAfterRecordBeforePublish,
+    GrowAfterPublishBeforeSync,
     CloseAfterSyncBeforePublish,
     CutAfterGatherBeforeAdvance,
     CutAfterAdvanceBeforeUpdate,
     MachineAfterDiskBeforeNext,
+    ResizeAfterFileBeforeJournal,
+    ResizeAfterJournalBeforeSize,
     ReadAfterSuperblockBeforeRing,
+    ReadAfterSeekBeforePage,
 }
 
 impl Place {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 31] = [
         Self::RecordAfterClaimBeforeFill,
         Self::FillAfterMarkBeforeWords,
         Self::FillAfterWordsBeforeSequence,
@@ -53,11 +62,20 @@ impl Place {
         Self::DistrustAfterCheckpointBeforePublish,
         Self::RecoverAfterHolesBeforePublish,
         Self::RecoverAfterFirstPublishBeforeSecond,
+        Self::RecoverAfterSecondPublishBeforeGrow,
+        Self::GrowAfterCopyBeforeSync,
+        Self::GrowAfterMoveBeforePunch,
+        Self::GrowAfterRoomBeforeRecord,
+        Self::GrowAfterRecordBeforePublish,
+        Self::GrowAfterPublishBeforeSync,
         Self::CloseAfterSyncBeforePublish,
         Self::CutAfterGatherBeforeAdvance,
         Self::CutAfterAdvanceBeforeUpdate,
         Self::MachineAfterDiskBeforeNext,
+        Self::ResizeAfterFileBeforeJournal,
+        Self::ResizeAfterJournalBeforeSize,
         Self::ReadAfterSuperblockBeforeRing,
+        Self::ReadAfterSeekBeforePage,
     ];
 }
 

@@ -13,6 +13,7 @@ use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
 use zerocopy::IntoBytes;
 
 use crate::control::protocol::{Request as ControlRequest, decode_request, encode_request};
+use crate::disk::{LiveSize, NewSize};
 use crate::extent::Epoch;
 use crate::journal::format::{
     Operation, PAGE_BYTES, PageState, Record, Slot, Superblock, decode_alarm, encode_alarm,
@@ -22,6 +23,7 @@ use crate::nbd::handshake::{Export, negotiate, parse_info_request};
 use crate::nbd::listener::Stream;
 use crate::nbd::metadata::{Context, ContextRequest, ContextSet};
 use crate::nbd::request::{Terms, Verdict, validate, validate_block_status};
+use crate::nbd::tls::Encryption;
 use crate::nbd::wire::{EXTENDED_REQUEST_MAGIC, Mode, REQUEST_MAGIC, RequestHeader};
 
 /// A decoder under test.
@@ -172,6 +174,7 @@ fn all_terms(mode: Mode, read_only: bool) -> Vec<Terms> {
             sets.map(|contexts| Terms {
                 size_bytes,
                 read_only,
+                alignment: if read_only { 512 } else { 1 },
                 mode,
                 contexts,
             })
@@ -308,11 +311,12 @@ fn negotiation(bytes: &[u8]) -> Result<bool, String> {
     client.shutdown(std::net::Shutdown::Write).map_err(failed)?;
     let exports = ["disk", "another name"].map(|name| Export {
         name: name.to_owned(),
-        size_bytes: 1 << 20,
+        size: LiveSize::new(1 << 20),
         read_only: false,
+        alignment: 1,
         tracked: true,
     });
-    let chosen = negotiate(&Stream::Unix(server), &exports);
+    let chosen = negotiate(&Stream::Unix(server), &exports, &Encryption::Off);
     let mut answers = Vec::new();
     match client.read_to_end(&mut answers) {
         // It closed before it had read all.
@@ -323,8 +327,8 @@ fn negotiation(bytes: &[u8]) -> Result<bool, String> {
         return Err("The greeting is missing".to_owned());
     }
     match chosen {
-        Ok(Some(session)) if session.export >= exports.len() => {
-            Err(format!("There is no export {}", session.export))
+        Ok(Some(chosen)) if chosen.session.export >= exports.len() => {
+            Err(format!("There is no export {}", chosen.session.export))
         }
         Ok(chosen) => Ok(chosen.is_some()),
         Err(_) => Ok(false),
@@ -447,8 +451,12 @@ fn valid_control(numbers: &[u64]) -> Vec<u8> {
         },
         ControlRequest::Commit { epoch },
         ControlRequest::Revert {},
+        ControlRequest::Resize {
+            disk: format!("disk {}", numbers[3]),
+            size: NewSize::More(numbers[0]),
+        },
     ];
-    let request = requests[numbers[2] as usize % requests.len()];
+    let request = requests[numbers[2] as usize % requests.len()].clone();
     encode_request(&request).unwrap_or_default().into_bytes()
 }
 

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracker::control::client::ControlClient;
 use tracker::control::protocol::Status;
+use tracker::disk::NewSize;
 use tracker::error::{Error, ErrorKind, Result};
 use tracker::nbd::attach;
 use tracker::{journal, serve, systemd};
@@ -36,6 +37,11 @@ fn main() -> ExitCode {
             attach::Device::parse(&device).and_then(|device| attach::detach(device, force))
         }
         Command::Status { control, json } => status(&control, json),
+        Command::Resize {
+            control,
+            disk,
+            size,
+        } => resize(&control, &disk, size.unwrap_or(NewSize::Present)),
         Command::Journal(JournalCommand::Verify { file }) => verify(&file),
         Command::Journal(JournalCommand::Dump { file }) => {
             journal::dump(&file, &mut std::io::stdout().lock())
@@ -87,6 +93,17 @@ fn status(control: &Path, json: bool) -> Result<()> {
     print(&describe(&status))
 }
 
+fn resize(control: &Path, disk: &str, size: NewSize) -> Result<()> {
+    let resized = ControlClient::connect(control)?.resize(disk, size)?;
+    let (before, after) = (resized.before_bytes, resized.size_bytes);
+    if before == after {
+        return print(&format!("Disk {disk} has {after} bytes already\n"));
+    }
+    print(&format!(
+        "Disk {disk} has grown from {before} to {after} bytes\n"
+    ))
+}
+
 fn describe(status: &Status) -> String {
     let Status {
         machine, engine, ..
@@ -96,12 +113,14 @@ fn describe(status: &Status) -> String {
         .map_or("none".to_owned(), |epoch| epoch.to_string());
     let mut text = format!(
         "tracker {} (process {}), {} workers, {} connections\n\
+         engine {}\n\
          epochs: open {}, closed {closed}, sealed {}, committed {}\n\
          requests: {} reads, {} writes, {} others, {} errors; {} MiB read, {} MiB written\n",
         status.version,
         status.pid,
         engine.workers,
         engine.connections,
+        engine.carrier(),
         machine.open,
         machine.sealed,
         machine.committed,

@@ -9,26 +9,31 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
+use nix::sys::prctl::set_name;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 use crate::control::server::{self, Context};
 use crate::disk::{Disk, DiskKind};
-use crate::engine::Engine;
+use crate::engine::{Engine, EngineChoice};
 use crate::epoch::{DiskSpec, Machine, MachineOptions};
 use crate::error::{Error, ErrorKind, Result};
-use crate::nbd::handshake::{Export, negotiate};
-use crate::nbd::listener::{Listener, Stream};
+use crate::nbd::handshake::{Export, Negotiated, negotiate};
+use crate::nbd::listener::{Listener, Plaintext, Stream};
+use crate::nbd::tls::relay::{Relay, Relays};
+use crate::nbd::tls::{Encryption, Tls, TlsFiles};
 use crate::systemd::{self, Activated};
 
 /// Connections at once, those that still negotiate included.
 const CONNECTIONS_MAX: usize = 256;
 /// Time between two looks at the journals.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_millis(100);
+/// Time that the relays of TLS have after the workers, to deliver the last replies.
+const RELAYS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A disk as it was named on the command line.
 #[derive(Clone, Debug)]
@@ -37,6 +42,15 @@ pub struct DiskArgument {
     pub name: String,
     /// Image or device.
     pub path: PathBuf,
+}
+
+/// TLS as it was asked for on the command line.
+#[derive(Clone, Debug)]
+pub struct TlsOptions {
+    /// Certificate, key and authorities.
+    pub files: TlsFiles,
+    /// Clients over TCP must use it.
+    pub required: bool,
 }
 
 /// Checked arguments of `tracker serve`.
@@ -48,16 +62,24 @@ pub struct ServeOptions {
     pub socket: Option<PathBuf>,
     /// TCP address for NBD.
     pub listen: Option<SocketAddr>,
+    /// TLS for TCP.
+    pub tls: Option<TlsOptions>,
+    /// Where TCP may go without TLS.
+    pub plaintext: Plaintext,
     /// Control socket.
     pub control: PathBuf,
     /// Worker threads.
     pub workers: usize,
+    /// What carries out their I/O.
+    pub engine: EngineChoice,
     /// Size of a new journal's ring in bytes.
     pub ring_bytes: u64,
     /// Folder for the journals of devices.
     pub journal_folder: PathBuf,
     /// Refuse writes.
     pub read_only: bool,
+    /// Leave the page cache out.
+    pub direct: bool,
     /// Keep journals.
     pub tracking: bool,
     /// Set the journals aside and check every block.
@@ -78,24 +100,32 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
         .thread_block()
         .map_err(|errno| Error::io("Cannot block signals", errno))?;
 
+    let encryption = open_encryption(options)?;
     let disks = open_disks(options)?;
     let machine = open_machine(options, &disks)?;
     let exports = disks
         .iter()
         .map(|disk| export_of(disk, options.tracking))
         .collect();
-    let engine = Arc::new(Engine::start(options.workers, disks, Arc::clone(&machine))?);
+    let engine = Arc::new(Engine::start(
+        options.engine,
+        options.workers,
+        &disks,
+        &machine,
+    )?);
     let house = Arc::new(House {
         exports,
+        encryption,
         engine,
         negotiating: AtomicUsize::new(0),
+        relays: Arc::default(),
     });
 
     let (control, listeners) = open_sockets(options, activated)?;
     let description = describe(options, &control, &listeners);
     let stopping = Arc::new(AtomicBool::new(false));
     let maintenance = start_maintenance(&machine, &house.engine, &stopping)?;
-    let control = start_control(control, &machine, &house.engine)?;
+    let control = start_control(control, &machine, &house.engine, disks)?;
     let mut doors = Vec::new();
     for listener in listeners {
         doors.push(start_door(listener, &house)?);
@@ -122,19 +152,37 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
             "A worker ended early: restart the tracker",
         ));
     }
-    stopped.and(maintained).and_then(|()| machine.close())
+    let deadline = Instant::now() + RELAYS_DEADLINE;
+    let closed = stopped.and(maintained).and_then(|()| machine.close());
+    // They deliver while the journals are closed.
+    if !house.relays.wait(deadline) {
+        tracing::warn!("A client over TLS did not take its last replies");
+    }
+    closed
+}
+
+fn open_encryption(options: &ServeOptions) -> Result<Encryption> {
+    let Some(tls) = &options.tls else {
+        return Ok(Encryption::Off);
+    };
+    let loaded = Tls::load(&tls.files)?;
+    Ok(if tls.required {
+        Encryption::Required(loaded)
+    } else {
+        Encryption::Allowed(loaded)
+    })
 }
 
 fn open_disks(options: &ServeOptions) -> Result<Vec<Arc<Disk>>> {
     options
         .disks
         .iter()
-        .map(|disk| {
-            Ok(Arc::new(Disk::open(
-                &disk.name,
-                &disk.path,
-                options.read_only,
-            )?))
+        .map(|argument| {
+            let disk = Disk::open(&argument.name, &argument.path, options.read_only)?;
+            Ok(Arc::new(match options.direct {
+                true => disk.past_page_cache()?,
+                false => disk,
+            }))
         })
         .collect()
 }
@@ -185,8 +233,9 @@ fn journal_path(options: &ServeOptions, disk: &Disk) -> PathBuf {
 fn export_of(disk: &Disk, tracked: bool) -> Export {
     Export {
         name: disk.name().to_owned(),
-        size_bytes: disk.size_bytes(),
+        size: disk.size(),
         read_only: disk.read_only(),
+        alignment: disk.alignment(),
         tracked,
     }
 }
@@ -198,18 +247,29 @@ fn open_sockets(options: &ServeOptions, activated: Activated) -> Result<(Listene
         None => Listener::unix(&options.control, 0o600)?,
     };
     let mut listeners = activated.nbd;
+    for listener in &listeners {
+        listener.require_allowed(options.plaintext)?;
+    }
     if let Some(path) = &options.socket {
         listeners.push(Listener::unix(path, 0o660)?);
     }
     if let Some(address) = options.listen {
-        listeners.push(Listener::tcp(address)?);
+        listeners.push(Listener::tcp(address, options.plaintext)?);
     }
     Ok((control, listeners))
 }
 
 fn describe(options: &ServeOptions, control: &Listener, listeners: &[Listener]) -> String {
     let tracking = if options.tracking { "on" } else { "off" };
-    let sockets: Vec<String> = listeners.iter().map(Listener::to_string).collect();
+    let tls = match &options.tls {
+        Some(tls) if tls.required => " (TLS required)",
+        Some(_) => " (TLS allowed)",
+        None => "",
+    };
+    let sockets: Vec<String> = listeners
+        .iter()
+        .map(|listener| format!("{listener}{}", if listener.is_tcp() { tls } else { "" }))
+        .collect();
     let count = options.disks.len();
     let plural = if count == 1 { "" } else { "s" };
     format!(
@@ -230,13 +290,17 @@ fn announce(description: &str) {
 /// What an accepted connection needs.
 struct House {
     exports: Vec<Export>,
+    /// For TCP; a unix socket is as private as its permission bits make it.
+    encryption: Encryption,
     engine: Arc<Engine>,
     negotiating: AtomicUsize,
+    relays: Arc<Relays>,
 }
 
 impl House {
     fn receive(self: &Arc<Self>, stream: Stream) {
-        let connected = self.engine.status().connections as usize;
+        // A relay whose worker has closed is counted by nobody else.
+        let connected = self.engine.status().connections as usize + self.relays.parting();
         if self.negotiating.fetch_add(1, Ordering::AcqRel) + connected >= CONNECTIONS_MAX {
             self.negotiating.fetch_sub(1, Ordering::AcqRel);
             tracing::warn!("More than {CONNECTIONS_MAX} connections: one was turned away");
@@ -246,8 +310,11 @@ impl House {
         let spawned = std::thread::Builder::new()
             .name("negotiation".into())
             .spawn(move || {
-                house.negotiate(stream);
+                let relay = house.negotiate(stream);
                 house.negotiating.fetch_sub(1, Ordering::AcqRel);
+                if let Some(relay) = relay {
+                    pass_on(relay);
+                }
             });
         if let Err(error) = spawned {
             self.negotiating.fetch_sub(1, Ordering::AcqRel);
@@ -255,22 +322,58 @@ impl House {
         }
     }
 
-    fn negotiate(&self, stream: Stream) {
-        let chosen = negotiate(&stream, &self.exports).and_then(|chosen| {
+    /// Has the client choose, and gives it to a worker; where it speaks TLS there is a relay to
+    /// be run.
+    fn negotiate(&self, stream: Stream) -> Option<Relay> {
+        let encryption = match &stream {
+            Stream::Tcp(_) => &self.encryption,
+            Stream::Unix(_) => &Encryption::Off,
+        };
+        let chosen = negotiate(&stream, &self.exports, encryption).and_then(|chosen| {
             // The deadline was the negotiation's; from here on the worker waits as it likes.
             stream.set_read_timeout(None)?;
             stream.set_write_timeout(None)?;
             Ok(chosen)
         });
         match chosen {
-            Ok(Some(session)) => {
-                if let Err(error) = self.engine.serve(stream.into(), session) {
-                    tracing::error!("{}", error.chain());
+            Ok(Some(chosen)) => self.hand_over(stream, chosen),
+            Ok(None) => None,
+            Err(error) => {
+                let peer = stream.peer();
+                tracing::debug!("A negotiation with {peer} failed: {error}");
+                None
+            }
+        }
+    }
+
+    fn hand_over(&self, stream: Stream, chosen: Negotiated) -> Option<Relay> {
+        let (relay, socket) = match (stream, chosen.secured) {
+            (Stream::Tcp(stream), Some(secured)) => {
+                match Relay::new(&self.relays, stream, secured) {
+                    Ok((relay, socket)) => (Some(relay), socket),
+                    Err(error) => {
+                        tracing::warn!("Cannot relay a connection over TLS: {error}");
+                        return None;
+                    }
                 }
             }
-            Ok(None) => {}
-            Err(error) => tracing::debug!("A negotiation failed: {error}"),
+            (stream, _) => (None, stream.into()),
+        };
+        match self.engine.serve(socket, chosen.session) {
+            Ok(()) => relay,
+            Err(error) => {
+                tracing::error!("{}", error.chain());
+                None
+            }
         }
+    }
+}
+
+fn pass_on(relay: Relay) {
+    // The thread negotiated before; whoever looks at its name sees what it does now.
+    let _unnamed = set_name(c"tls-relay");
+    if let Err(error) = relay.run() {
+        tracing::debug!("A connection over TLS ended: {error}");
     }
 }
 
@@ -310,12 +413,19 @@ fn start_door(listener: Listener, house: &Arc<House>) -> Result<Door> {
     .map(|thread| Door { listener, thread })
 }
 
-fn start_control(listener: Listener, machine: &Arc<Machine>, engine: &Arc<Engine>) -> Result<Door> {
+fn start_control(
+    listener: Listener,
+    machine: &Arc<Machine>,
+    engine: &Arc<Engine>,
+    disks: Vec<Arc<Disk>>,
+) -> Result<Door> {
     let listener = Arc::new(listener);
     let thread_listener = Arc::clone(&listener);
     let context = Arc::new(Context {
         machine: Arc::clone(machine),
         engine: Arc::clone(engine),
+        disks,
+        resizing: Mutex::new(()),
     });
     spawn("control", move || {
         let accept = || match thread_listener.accept()? {

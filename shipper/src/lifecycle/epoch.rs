@@ -7,6 +7,12 @@
 //! Crash consistency: before the seal nothing counts, and the epoch is given up. After it the epoch
 //! will be published, whoever dies: `reconcile` repeats what follows.
 //!
+//! The size of each disk is asked for after the cut. A disk grows within one epoch, because the tracker
+//! does not let a cut and a growth overlap; whatever was written behind the old end was written after
+//! that. So a size from before the cut could be too small for writes of the epoch, and these would be
+//! cut off. One from after the cut may be that of a growth which came in between: then the end of the
+//! disk reads as zeroes in this point, which holds nothing of the epoch, and the next point has it all.
+//!
 //! If a capture fails the recovery point is given up, and its changes belong to the next one.
 //!
 //! What it does not handle: blocks that guests overwrite while they are captured are in the point
@@ -15,7 +21,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracker::control::protocol::CaptureOutcome;
-use tracker::extent::Epoch;
+use tracker::extent::{Epoch, Extent, blocks_of};
 use tracker::journal::reader::JournalReader;
 
 use super::conductor::{At, Conductor, Trouble};
@@ -66,7 +72,8 @@ impl Conductor {
                 return Err(trouble);
             }
         };
-        match self.capture(epoch) {
+        let sized = self.ask_for_sizes().map_err(GivenUp::Failed);
+        match sized.and_then(|()| self.capture(epoch)) {
             Ok((manifest, captured)) => {
                 self.waiting
                     .extend(cuts.into_iter().map(|(_, reply)| (epoch, reply)));
@@ -114,6 +121,14 @@ impl Conductor {
         }
         link.client.capture_begin(epoch).at(Part::Tracker)?;
         Ok(epoch)
+    }
+
+    /// Learns how large the disks are after the cut.
+    fn ask_for_sizes(&mut self) -> Result<()> {
+        let no_link = || Error::new(ErrorKind::Unavailable, "The tracker is not known");
+        let link = self.link.as_mut().ok_or_else(no_link)?;
+        let status = link.client.epochs()?;
+        self.take_sizes(&status)
     }
 
     fn capture(&self, epoch: Epoch) -> std::result::Result<(Manifest, Vec<CapturedDisk>), GivenUp> {
@@ -177,8 +192,11 @@ impl Conductor {
             bytes_read: self.board.bytes_read(index),
         };
         let dirty_blocks = AtomicU64::new(0);
+        // A journal knows of a growth that came after the size of this point was asked for, and a
+        // checkpoint does not tell epochs apart.
+        let blocks = blocks_of(disk.source.size_bytes());
         let extents = dirty.extents().map(|extent| {
-            let extent = extent.map_err(Error::from)?;
+            let extent = before_block(extent.map_err(Error::from)?, blocks);
             dirty_blocks.fetch_add(extent.block_count, Ordering::Relaxed);
             Ok(extent)
         });
@@ -289,6 +307,15 @@ impl Conductor {
                 Ok(())
             }
         }
+    }
+}
+
+/// The part of an extent that lies before a block.
+fn before_block(extent: Extent, end_block: u64) -> Extent {
+    let behind = end_block.saturating_sub(extent.first_block);
+    Extent {
+        block_count: extent.block_count.min(behind),
+        ..extent
     }
 }
 

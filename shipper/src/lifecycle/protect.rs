@@ -50,7 +50,7 @@ pub fn protect(config: &Config) -> Result<Protection> {
             "Disk {} at {}, {} bytes, journal {}",
             disk.name,
             disk.path.display(),
-            source.size_bytes(),
+            served.size_bytes,
             journal.display()
         ));
     }

@@ -18,6 +18,8 @@
 //! | sealed E, and nothing at or after E is sealed or published here | the spool is lost: it takes the changes back |
 //! | another journal than the base's, committed more than the base, every block changed after the base | every block is scanned |
 //! | every block changed after the scan began | the scan begins anew |
+//! | a disk is larger than the base's or the scan's | nothing: its journal calls what is new changed |
+//! | a disk is smaller | every block is scanned |
 //!
 //! A sealed epoch is a recovery point of its own and is uploaded whatever the tracker remembers of it:
 //! what the tracker forgot it calls changed, which is more than needed and never less.
@@ -152,7 +154,7 @@ impl Conductor {
         for disk in &scan.disks {
             let known = self.disks.iter().any(|known| {
                 known.config.name == disk.name
-                    && blocks_of(known.source.size_bytes()) == disk.blocks
+                    && blocks_of(known.source.size_bytes()) >= disk.blocks
             });
             for segment in &disk.segments {
                 let ours = segment.name.0.generation == self.machine.generation;
@@ -243,6 +245,7 @@ impl Conductor {
         }
         let mut client = ControlClient::connect(&self.config.tracker).at(Part::Tracker)?;
         let mut status = client.epochs().at(Part::Tracker)?;
+        self.take_sizes(&status).at(Part::Tracker)?;
         let readers = self.readers(&status).at(Part::Tracker)?;
         if let Some(epoch) = status.closed {
             let sealed = self.unreleased.iter().any(|(sealed, _)| *sealed == epoch)
@@ -269,13 +272,41 @@ impl Conductor {
         Ok(())
     }
 
-    /// The journals of the disks, in their order, checked against what the tracker says.
+    /// Checks that our disks are those that the tracker serves, and takes over how large they are, in
+    /// all that depends on it.
+    pub(super) fn take_sizes(&mut self, status: &MachineStatus) -> Result<()> {
+        for (index, disk) in self.disks.iter_mut().enumerate() {
+            let served = find_disk(status, &disk.config.name)?;
+            let size_bytes = served.size_bytes;
+            check_disk(disk.source.present_bytes()?, &disk.config.path, served)?;
+            if disk.source.size_bytes() == size_bytes {
+                continue;
+            }
+            disk.source.set_size(size_bytes);
+            if let Some(table) = self
+                .tables
+                .as_mut()
+                .and_then(|tables| tables.get_mut(index))
+            {
+                table.grow(size_bytes)?;
+            }
+            tracing::info!("Disk {} has {size_bytes} bytes", disk.config.name);
+            self.board.update(|status| {
+                if let Some(shown) = status.disks.get_mut(index) {
+                    shown.size_bytes = size_bytes;
+                    shown.blocks = blocks_of(size_bytes);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// The journals of the disks, in their order, compared with what the tracker says.
     fn readers(&self, status: &MachineStatus) -> Result<Vec<JournalReader>> {
         let mut readers = Vec::new();
         for disk in &self.disks {
             let name = &disk.config.name;
             let served = find_disk(status, name)?;
-            check_disk(disk.source.size_bytes(), &disk.config.path, served)?;
             let path = disk.config.journal.as_ref().unwrap_or(&served.journal);
             let reader = JournalReader::open(path)?;
             if reader.journal_id() != served.journal_id {
@@ -308,12 +339,14 @@ impl Conductor {
         })
     }
 
-    /// Whether the journal of a disk tells everything that has changed since the base.
+    /// Whether the journal of a disk tells everything that has changed since the base. That a disk has
+    /// grown since then is among it: the base's size was asked for after its cut, so the growth belongs
+    /// to a later epoch, in which what is new is recorded as changed.
     fn journal_suffices(&self, served: &DiskStatus, committed: Epoch) -> bool {
         let Some(base) = &self.base else { return false };
         self.base_disk(&served.name).is_some_and(|disk| {
             disk.journal == served.journal_id
-                && disk.size_bytes == served.size_bytes
+                && disk.size_bytes <= served.size_bytes
                 && committed <= base.epoch
                 && served.resync.is_none_or(|resync| resync <= base.epoch)
         })
@@ -325,7 +358,7 @@ impl Conductor {
         scan.is_some_and(|scan| {
             scan.disk(&served.name).is_some_and(|disk| {
                 disk.journal == served.journal_id
-                    && disk.blocks == blocks_of(served.size_bytes)
+                    && disk.blocks <= blocks_of(served.size_bytes)
                     && served.resync.is_none_or(|resync| resync <= scan.epoch)
             })
         })
@@ -357,6 +390,7 @@ impl Conductor {
             return Ok(link);
         }
         let (epoch, status) = self.open_above(&mut link)?;
+        self.take_sizes(&status).at(Part::Tracker)?;
         self.begin_scan(epoch, &wanted, &status).at(Part::Spool)?;
         self.scan_forced = false;
         Ok(link)
@@ -442,7 +476,7 @@ pub(super) fn find_disk<'a>(status: &'a MachineStatus, name: &str) -> Result<&'a
         })
 }
 
-/// Whether the disk that we read is the one that the tracker serves.
+/// Whether the disk that we read is the one that the tracker serves, all of it.
 pub(super) fn check_disk(
     size_bytes: u64,
     path: &std::path::Path,
@@ -450,7 +484,7 @@ pub(super) fn check_disk(
 ) -> Result<()> {
     let canonical = |path: &std::path::Path| std::fs::canonicalize(path).ok();
     let same = canonical(path).is_some() && canonical(path) == canonical(&served.image);
-    if same && size_bytes == served.size_bytes {
+    if same && size_bytes >= served.size_bytes {
         return Ok(());
     }
     Err(Error::new(

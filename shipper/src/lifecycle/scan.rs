@@ -90,7 +90,8 @@ impl Conductor {
         let begin = progress.cursor;
         let mut cursor = begin;
         let mut empty = true;
-        let rest = disk.source.rest_from(begin);
+        // What is behind these blocks is new on a disk that has grown meanwhile, and recorded as changed.
+        let rest = disk.source.range(begin, progress.blocks);
         let batches = Batches::new(disk.source.pieces(std::iter::once(Ok(rest))));
         run(
             &disk.source,

@@ -90,7 +90,7 @@ pub struct DiskScan {
     pub journal: String,
     /// Blocks before this one are done.
     pub cursor: u64,
-    /// Blocks of the disk.
+    /// Blocks of the disk when the scan began.
     pub blocks: u64,
     /// The segments made, oldest first.
     pub segments: Vec<SegmentRef>,

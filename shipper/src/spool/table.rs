@@ -123,8 +123,8 @@ fn page_offset(page: u64) -> u64 {
 }
 
 impl Table {
-    /// Opens the table of a disk. One of another vault, disk or size is begun anew. Fingerprints of
-    /// epochs after `trusted_through` are forgotten. `true`: nothing was known before.
+    /// Opens the table of a disk. One of another vault or disk, or of a larger one, is begun anew; one
+    /// of a smaller disk, which has grown, gets room. Fingerprints of epochs after `trusted_through` are forgotten. `true`: nothing was known before.
     ///
     /// # Errors
     ///
@@ -153,8 +153,10 @@ impl Table {
             .read_header()
             .map_err(|error| table.failed("read", error))?;
         match known {
-            Some(through) => {
+            Some((through, known_bytes)) => {
                 table.applied_through = through;
+                table.disk_bytes = known_bytes;
+                table.grow(disk_bytes)?;
                 if through > trusted_through {
                     table.forget_after(trusted_through)?;
                 }
@@ -168,7 +170,8 @@ impl Table {
         failed(what, &self.path, error)
     }
 
-    fn read_header(&self) -> io::Result<Option<Epoch>> {
+    /// What the header says: the epoch that it is applied through, and the size of the disk.
+    fn read_header(&self) -> io::Result<Option<(Epoch, u64)>> {
         let mut bytes = [0; size_of::<Header>()];
         match self.file.read_exact_at(&mut bytes, 0) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -181,8 +184,11 @@ impl Table {
             && header.version.get() == VERSION
             && header.check.get() == xxh3_64(&bytes[..HEADER_CHECKED_BYTES])
             && header.owner == self.owner
-            && header.disk_bytes.get() == self.disk_bytes;
-        Ok(ours.then(|| Epoch(header.applied_through.get())))
+            && header.disk_bytes.get() <= self.disk_bytes;
+        Ok(ours.then(|| {
+            let through = Epoch(header.applied_through.get());
+            (through, header.disk_bytes.get())
+        }))
     }
 
     fn write_header(&self) -> Result<()> {
@@ -211,6 +217,24 @@ impl Table {
             .and_then(|()| self.file.set_len(page_offset(pages)))
             .map_err(|error| self.failed("write", error))?;
         self.applied_through = Epoch::ZERO;
+        self.write_header()
+    }
+
+    /// Makes room for a disk that has grown; what is new is not known. The file is longer before its
+    /// header says so.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn grow(&mut self, disk_bytes: u64) -> Result<()> {
+        if disk_bytes <= self.disk_bytes {
+            return Ok(());
+        }
+        let pages = blocks_of(disk_bytes).div_ceil(PAGE_BLOCKS);
+        self.file
+            .set_len(page_offset(pages))
+            .map_err(|error| self.failed("write", error))?;
+        self.disk_bytes = disk_bytes;
         self.write_header()
     }
 
@@ -489,6 +513,54 @@ mod tests {
         let (other, anew) = Table::open(&path, [8; 16], DISK_BYTES, Epoch(1)).unwrap();
         assert!(anew);
         assert_eq!(all(&other)[5], Fingerprint::UNKNOWN);
+        drop(other);
+        open(&path, 1)
+            .apply(Epoch(1), &directory(&[(5, 1, Some(1))]))
+            .unwrap();
+        let (smaller, anew) = Table::open(&path, [7; 16], DISK_BYTES - 512, Epoch(1)).unwrap();
+        assert!(anew);
+        assert_eq!(all(&smaller)[5], Fingerprint::UNKNOWN);
+    }
+
+    #[test]
+    fn a_table_grows_with_its_disk_and_forgets_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table");
+        let last = blocks_of(DISK_BYTES) - 1;
+        let mut table = open(&path, 1);
+        table
+            .apply(Epoch(1), &directory(&[(last, 1, Some(1))]))
+            .unwrap();
+        let known = |table: &Table, block: u64| {
+            let mut known = [print(0)];
+            table.lookup(block, &mut known);
+            known[0]
+        };
+        // While it is open, and at the next opening; far behind the old end and just behind it.
+        let mut disk_bytes = DISK_BYTES;
+        for (step, while_open) in [
+            (512, true),
+            (4096, false),
+            (1 << 30, true),
+            (1 << 30, false),
+        ] {
+            disk_bytes += step;
+            if while_open {
+                table.grow(disk_bytes).unwrap();
+            }
+            drop(table);
+            let (opened, anew) = Table::open(&path, [7; 16], disk_bytes, Epoch(9)).unwrap();
+            assert!(!anew);
+            table = opened;
+            assert_eq!(known(&table, last), print(1 << 32 | last));
+            let end = blocks_of(disk_bytes) - 1;
+            if end > last {
+                assert_eq!(known(&table, end), Fingerprint::UNKNOWN);
+            }
+            let change = directory(&[(end, 1, Some(1))]);
+            table.apply(Epoch(1), &change).unwrap();
+            assert_eq!(known(&table, end), print(1 << 32 | end));
+        }
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use super::line::LineClient;
-use super::protocol::{CaptureOutcome, Request, Status, encode_request};
+use super::protocol::{CaptureOutcome, Request, Resized, Status, encode_request};
+use crate::disk::NewSize;
 use crate::epoch::MachineStatus;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Epoch;
@@ -72,6 +73,16 @@ impl ControlClient {
     /// Says that the spool is lost. May be repeated.
     pub fn revert(&mut self) -> Result<()> {
         self.ask(&Request::Revert {})
+    }
+
+    /// Lets a disk grow.
+    ///
+    /// # Errors
+    ///
+    /// There is no such disk, it is not tracked, or it cannot have that size.
+    pub fn resize(&mut self, disk: &str, size: NewSize) -> Result<Resized> {
+        let disk = disk.to_owned();
+        self.ask(&Request::Resize { disk, size })
     }
 
     fn ask<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {

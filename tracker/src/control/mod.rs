@@ -6,4 +6,5 @@ pub mod line;
 
 pub mod client;
 pub mod protocol;
+mod resize;
 pub mod server;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::disk::NewSize;
 use crate::engine::EngineStatus;
 use crate::epoch::MachineStatus;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,7 +25,7 @@ pub enum CaptureOutcome {
 }
 
 /// What can be asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// Everything about the tracker: [`Status`].
@@ -56,6 +57,24 @@ pub enum Request {
     },
     /// The spool is lost: what was sealed and not committed counts as changed again.
     Revert {},
+    /// Let a disk grow: [`Resized`].
+    Resize {
+        /// Name of the disk.
+        disk: String,
+        /// Its new size.
+        size: NewSize,
+    },
+}
+
+/// What became of a disk that was to grow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resized {
+    /// Name of the disk.
+    pub disk: String,
+    /// Size in bytes that it had.
+    pub before_bytes: u64,
+    /// Size in bytes that it has.
+    pub size_bytes: u64,
 }
 
 /// Everything about a tracker.
@@ -188,6 +207,14 @@ mod tests {
                 epoch: Epoch(u64::MAX),
             },
             Request::Revert {},
+            Request::Resize {
+                disk: "root".to_owned(),
+                size: NewSize::Present,
+            },
+            Request::Resize {
+                disk: String::new(),
+                size: NewSize::More(u64::MAX),
+            },
         ];
         for request in requests {
             let line = encode_request(&request).unwrap();

@@ -5,14 +5,15 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::Value;
 
-use super::line;
 use super::protocol::{CaptureOutcome, PROTOCOL, Request, Status, decode_request};
+use super::{line, resize};
+use crate::disk::Disk;
 use crate::engine::Engine;
 use crate::epoch::Machine;
 use crate::error::{Error, ErrorKind, Result};
@@ -26,6 +27,10 @@ pub struct Context {
     pub machine: Arc<Machine>,
     /// The workers.
     pub engine: Arc<Engine>,
+    /// The disks.
+    pub disks: Vec<Arc<Disk>>,
+    /// Held while a disk grows.
+    pub resizing: Mutex<()>,
 }
 
 /// Accepts and serves peers until accepting fails for good.
@@ -62,6 +67,12 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
         } => json(&machine.abandon(epoch)?),
         Request::Commit { epoch } => json(&machine.commit(epoch)?),
         Request::Revert {} => json(&machine.revert()?),
+        Request::Resize { disk, size } => {
+            // Two that want more at the same moment get both.
+            let lock = context.resizing.lock();
+            let _one = lock.unwrap_or_else(PoisonError::into_inner);
+            json(&resize::resize(&context.disks, machine, &disk, size)?)
+        }
     }
 }
 

@@ -23,6 +23,7 @@ const KEPT_EXTENTS_MAX: usize = 256 << 10;
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stamp {
     state: EpochState,
+    size_bytes: u64,
     records_written: u64,
     folds: u64,
 }
@@ -110,6 +111,8 @@ impl Changes {
         let disk = status.disks.get(self.disk);
         Ok(Stamp {
             state: self.journal.state()?,
+            // What is new on a disk that grows is recorded before the journal has the size.
+            size_bytes: disk.map_or(0, |disk| disk.size_bytes),
             records_written: disk.map_or(0, |disk| disk.records_written),
             folds: disk.map_or(0, |disk| disk.folds),
         })

@@ -4,17 +4,30 @@
 //! A flat bitmap over lazily populated memory, so that a disk of 64 TiB costs nothing until it is
 //! written. It is a cache: a bit that is missing costs one more record in the ring; a bit that is
 //! set means that the record stood in the mapping before the bit was set.
+//!
+//! When the disk grows, memory is added and none is moved, so that workers go on meanwhile without
+//! a lock. Each piece doubles the filter, so a word is found by the length of its number. A block
+//! that has no word yet counts as clear.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::extent::Extent;
 use crate::journal::LazyWords;
+use crate::journal::format::DISK_BLOCKS_MAX;
+
+/// Pieces that can be added: each doubles the filter, and the first has a word at least.
+const PIECES_MAX: usize = (DISK_BLOCKS_MAX / 64).ilog2() as usize;
 
 /// Filter of one epoch of one disk.
 #[derive(Debug)]
 pub struct Filter {
+    /// The words of the disk as it was opened, their number rounded up to a power of two.
     bits: LazyWords,
+    first_words: u64,
+    /// The words added since; piece N has as many as all before it.
+    more: [OnceLock<LazyWords>; PIECES_MAX],
     set_blocks: AtomicU64,
 }
 
@@ -25,12 +38,33 @@ impl Filter {
     ///
     /// The address space cannot be had.
     pub fn new(blocks: u64) -> Result<Self> {
-        let bits = LazyWords::new(blocks.div_ceil(64))
-            .map_err(|error| Error::io("Cannot reserve memory for the dirty bitmap", error))?;
+        let first_words = blocks.div_ceil(64).max(1).next_power_of_two();
         Ok(Self {
-            bits,
+            bits: reserve(first_words)?,
+            first_words,
+            more: std::array::from_fn(|_| OnceLock::new()),
             set_blocks: AtomicU64::new(0),
         })
+    }
+
+    /// Adds room for a disk of so many blocks, while workers use the filter. One thread at a time.
+    ///
+    /// # Errors
+    ///
+    /// The address space cannot be had; the filter is as it was, or has a part of the room.
+    pub fn reach(&self, blocks: u64) -> Result<()> {
+        let wanted = blocks.div_ceil(64);
+        let mut words = self.first_words;
+        for piece in &self.more {
+            if words >= wanted {
+                break;
+            }
+            if piece.get().is_none() {
+                let _was_empty = piece.set(reserve(words)?);
+            }
+            words *= 2;
+        }
+        Ok(())
     }
 
     /// Whether every block of the extent is set.
@@ -63,9 +97,12 @@ impl Filter {
     ///
     /// The system refuses, which would leave bits that promise records of an older epoch.
     pub fn clear(&self) -> Result<()> {
-        self.bits
-            .clear()
-            .map_err(|error| Error::io("Cannot clear the dirty bitmap", error))?;
+        let more = self.more.iter().filter_map(OnceLock::get);
+        for words in std::iter::once(&self.bits).chain(more) {
+            words
+                .clear()
+                .map_err(|error| Error::io("Cannot clear the dirty bitmap", error))?;
+        }
         self.set_blocks.store(0, Ordering::Relaxed);
         Ok(())
     }
@@ -78,7 +115,11 @@ impl Filter {
             let first = block % 64;
             let count = (64 - first).min(end - block);
             let mask = (u64::MAX >> (64 - count)) << first;
-            let Some(word) = words.get((block / 64) as usize) else {
+            let number = block / 64;
+            let Some(word) = words
+                .get(number as usize)
+                .or_else(|| self.word_of_more(number))
+            else {
                 return false;
             };
             if !visit(word, mask) {
@@ -88,6 +129,19 @@ impl Filter {
         }
         true
     }
+
+    /// A word behind the first piece.
+    #[cold]
+    fn word_of_more(&self, number: u64) -> Option<&AtomicU64> {
+        let piece = (number / self.first_words).checked_ilog2()?;
+        let words = self.more.get(piece as usize)?.get()?.words();
+        words.get((number - (self.first_words << piece)) as usize)
+    }
+}
+
+fn reserve(words: u64) -> Result<LazyWords> {
+    LazyWords::new(words)
+        .map_err(|error| Error::io("Cannot reserve memory for the dirty bitmap", error))
 }
 
 #[cfg(test)]
@@ -98,8 +152,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_set_of_blocks(extents in prop::collection::vec((0u64..500, 1u64..200), 1..20)) {
-            let filter = Filter::new(700).unwrap();
+        fn it_is_a_set_of_blocks(
+            extents in prop::collection::vec((0u64..500, 1u64..200), 1..20), first_blocks in 0u64..800,
+        ) {
+            let filter = Filter::new(first_blocks).unwrap();
+            filter.reach(first_blocks).unwrap();
+            filter.reach(700).unwrap();
             let mut model = BTreeSet::new();
             for (first_block, block_count) in extents {
                 let extent = Extent { first_block, block_count };
@@ -114,5 +172,27 @@ mod tests {
             let all = Extent { first_block: 0, block_count: 1 };
             prop_assert!(!filter.contains(all));
         }
+    }
+
+    #[test]
+    fn a_block_without_room_is_clear_and_what_was_set_stays_when_room_is_added() {
+        let filter = Filter::new(100).unwrap();
+        let extent = |first_block| Extent {
+            first_block,
+            block_count: 1,
+        };
+        filter.insert(extent(99));
+        for step in 7..40 {
+            let block = (1 << step) - 1;
+            filter.reach(block).unwrap();
+            filter.insert(extent(block));
+            // Rounded up, the room may include it by chance; behind the next step it never does.
+            assert!(!filter.contains(extent(block * 4)));
+            filter.reach(block + 1).unwrap();
+            filter.insert(extent(block));
+            assert!(filter.contains(extent(block)) && filter.contains(extent(99)));
+        }
+        filter.clear().unwrap();
+        assert!(!filter.contains(extent(99)) && !filter.contains(extent((1 << 39) - 1)));
     }
 }

@@ -18,6 +18,10 @@
 //! which recovery merges into the open one. What is to be done on all disks is tried on all, also
 //! where it fails on one, so that only a crash leaves them apart.
 //!
+//! Order of a growth: no epoch is cut meanwhile, so what is new belongs to the epoch that is open.
+//! The filters get room, the journal gets the record and the size (`journal::growth`), and only then
+//! may clients see the size.
+//!
 //! What it does not handle: the blocks' content. A closed epoch's blocks that are written again are
 //! not preserved.
 
@@ -56,7 +60,7 @@ pub struct DiskSpec {
     pub image: PathBuf,
     /// Path of its journal.
     pub journal: PathBuf,
-    /// Size in bytes.
+    /// Size in bytes when it is opened.
     pub size_bytes: u64,
     /// What tells it from other disks.
     pub identity: [u8; 16],
@@ -126,6 +130,8 @@ pub struct DiskStatus {
 /// One tracked disk.
 struct TrackedDisk {
     spec: DiskSpec,
+    /// Size in bytes at present.
+    size_bytes: AtomicU64,
     journal: Journal,
     /// Filters of even and odd epochs.
     filters: [Filter; 2],
@@ -184,6 +190,7 @@ impl Machine {
             let blocks = blocks_of(spec.size_bytes);
             let filters = [Filter::new(blocks)?, Filter::new(blocks)?];
             disks.push(TrackedDisk {
+                size_bytes: spec.size_bytes.into(),
                 spec,
                 journal,
                 filters,
@@ -406,6 +413,30 @@ impl Machine {
         Ok(())
     }
 
+    /// The disk has grown to so many bytes, durably: tracks what is new, and counts it as changed in
+    /// the open epoch. After that its size may be shown to clients. May be repeated.
+    ///
+    /// # Errors
+    ///
+    /// `State`: nothing is tracked. `Invalid`: the disk was larger. Otherwise the journal cannot be
+    /// made ready.
+    pub fn grow(&self, disk: usize, size_bytes: u64) -> Result<()> {
+        let _moving = self.begin()?;
+        let disk = self.disks.get(disk).ok_or_else(|| {
+            Error::new(ErrorKind::Missing, format!("No disk has the number {disk}"))
+        })?;
+        for filter in &disk.filters {
+            filter.reach(blocks_of(size_bytes))?;
+        }
+        let epoch = self.clock.open();
+        disk.journal.grow(size_bytes, epoch)?;
+        let before = disk.size_bytes.load(Ordering::Acquire);
+        let new = Extent::covering(before, size_bytes - before);
+        disk.filters[(epoch.0 & 1) as usize].insert(new);
+        disk.size_bytes.store(size_bytes, Ordering::Release);
+        Ok(())
+    }
+
     /// Folds the journals whose ring is filling up. Called about ten times a second.
     ///
     /// # Errors
@@ -442,7 +473,7 @@ impl Machine {
             image: disk.spec.image.clone(),
             journal: disk.spec.journal.clone(),
             journal_id: disk.journal.id(),
-            size_bytes: disk.spec.size_bytes,
+            size_bytes: disk.size_bytes.load(Ordering::Acquire),
             resync: state.resync,
             open_dirty_blocks: count(open),
             closed_dirty_blocks: state.closed.map_or(0, count),
@@ -453,6 +484,12 @@ impl Machine {
             records_elided: disk.elided.load(Ordering::Relaxed),
             folds: disk.journal.folds(),
         }
+    }
+
+    /// Makes every sync of a journal fail from now on, or succeed again.
+    #[cfg(test)]
+    pub(crate) fn set_failing(&self, disk: usize, failing: bool) {
+        self.disks[disk].journal.set_failing(failing);
     }
 
     /// Path of the journal of a disk; `None` where nothing is tracked.

@@ -30,12 +30,12 @@ fn journal_path(folder: &Path, disk: usize) -> PathBuf {
     folder.join(format!("{disk}.hrl"))
 }
 
-fn open(folder: &Path, ring_bytes: u64) -> Machine {
+fn open(folder: &Path, ring_bytes: u64, sizes: [u64; DISKS]) -> Machine {
     let specs = (0..DISKS).map(|disk| DiskSpec {
         name: disk.to_string(),
         image: folder.join(disk.to_string()),
         journal: journal_path(folder, disk),
-        size_bytes: BLOCKS * BLOCK_SIZE,
+        size_bytes: sizes[disk],
         identity: [1; 16],
     });
     let options = MachineOptions {
@@ -68,8 +68,17 @@ fn missing(journal: &Path, changes: &Changes, after: Epoch, through: Epoch) -> V
     needed.copied().filter(|&block| !reported(block)).collect()
 }
 
+/// Sizes in bytes at the beginning: whole blocks, and a part of one.
+const SIZES: [u64; DISKS] = [
+    BLOCKS * BLOCK_SIZE,
+    BLOCKS * BLOCK_SIZE + 512,
+    BLOCKS * BLOCK_SIZE - 512,
+];
+
 struct World {
     root: tempfile::TempDir,
+    /// Sizes of the disks themselves, which grow before anybody knows of it.
+    sizes: [u64; DISKS],
     lives: u32,
     machine: Machine,
     changes: [Changes; DISKS],
@@ -86,6 +95,8 @@ enum Step {
     Revert,
     Maintain,
     Suspect(usize),
+    /// By so many sectors.
+    Grow(usize, u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -99,6 +110,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Revert),
         4 => Just(Step::Maintain),
         1 => (0..DISKS).prop_map(Step::Suspect),
+        3 => (0..DISKS, prop_oneof![0..9u64, 0..9000u64]).prop_map(|(d, n)| Step::Grow(d, n)),
     ]
 }
 
@@ -108,8 +120,9 @@ impl World {
         let first = root.path().join("0");
         std::fs::create_dir(&first).unwrap();
         let mut world = Self {
-            machine: open(&first, 16 << 10),
+            machine: open(&first, 16 << 10, SIZES),
             root,
+            sizes: SIZES,
             lives: 0,
             changes: Default::default(),
             sealed: BTreeSet::new(),
@@ -130,7 +143,12 @@ impl World {
         match *step {
             Step::Write(disk, first, count) => {
                 for number in 0..count {
-                    let block = (first + number) % BLOCKS;
+                    // From the end backwards as well, where the disk has grown.
+                    let end = blocks_of(self.sizes[disk]);
+                    let block = match first % 2 {
+                        0 => (first + number) % end,
+                        _ => end - 1 - (first + number) % end,
+                    };
                     let extent = Extent {
                         first_block: block,
                         block_count: 1,
@@ -173,8 +191,25 @@ impl World {
                 self.machine.revert().unwrap();
             }
             Step::Maintain => self.machine.maintain().unwrap(),
+            Step::Grow(disk, sectors) => {
+                let before = self.sizes[disk];
+                self.sizes[disk] += sectors * 512;
+                self.machine.grow(disk, self.sizes[disk]).unwrap();
+                self.note_growth(disk, before);
+            }
             Step::Suspect(disk) => self.machine.mark_suspect(disk, "a test").unwrap(),
         }
+    }
+
+    /// What is new on a disk has changed in the open epoch.
+    fn note_growth(&mut self, disk: usize, before: u64) {
+        let open = self.machine.status().open;
+        let new = Extent::covering(before, self.sizes[disk] - before);
+        if new.block_count == 0 {
+            return;
+        }
+        let changes = self.changes[disk].entry(open.0).or_default();
+        changes.extend(new.first_block..new.end_block());
     }
 
     /// Carries a step out and returns the folders that a kill on the way would have left.
@@ -199,7 +234,7 @@ impl World {
     fn resume(&mut self, from: &Path) {
         self.lives += 1;
         copy_folder(from, &self.folder());
-        self.machine = open(&self.folder(), 16 << 10);
+        self.machine = open(&self.folder(), 16 << 10, self.sizes);
         let states: Vec<EpochState> = self.machine.states();
         for state in &states {
             assert!(state.is_consistent(), "{state:?}");
@@ -246,11 +281,12 @@ proptest! {
         let mut world = World::new();
         for (step, killed) in &steps {
             let before = (world.changes.clone(), world.sealed.clone());
+            let sizes = world.sizes;
             let moments = world.watched(step);
             world.check();
             let Some(killed) = killed.filter(|_| !moments.is_empty()) else { continue };
             let (point, from) = &moments[killed.index(moments.len())];
-            if matches!(step, Step::Write(..)) {
+            if matches!(step, Step::Write(..) | Step::Grow(..)) {
                 // What had been recorded by then is not known, so nothing of it is asked for.
                 world.changes = before.0;
             }
@@ -268,6 +304,7 @@ proptest! {
                     }
                 }
                 Step::Revert => world.machine.revert().unwrap(),
+                Step::Grow(disk, _) => world.note_growth(*disk, sizes[*disk]),
                 _ => {}
             }
             let open = world.machine.status().open.0;
@@ -305,6 +342,8 @@ struct Storm {
     machine: Machine,
     noted: [Mutex<Changes>; DISKS],
     stop: AtomicBool,
+    /// Sizes as clients see them.
+    sizes: [AtomicU64; DISKS],
     in_flight: [AtomicU64; WORKERS],
 }
 
@@ -322,9 +361,15 @@ impl Storm {
             while ring.used() * 100 > ring.capacity() * 71 && !self.stop.load(Ordering::Relaxed) {
                 std::thread::yield_now();
             }
+            let (near, block_count) = ((state >> 33) % (BLOCKS / 16), 1 + (state >> 20) % 3);
+            let end = blocks_of(self.sizes[disk].load(Ordering::Acquire));
+            let first_block = match state >> 19 & 1 {
+                0 => near,
+                _ => end - block_count - near,
+            };
             let extent = Extent {
-                first_block: (state >> 33) % (BLOCKS / 16),
-                block_count: 1 + (state >> 20) % 3,
+                first_block,
+                block_count,
             };
             let epoch = self.machine.admit(worker, disk, extent, Operation::Write);
             self.in_flight[worker].store(epoch.0, Ordering::SeqCst);
@@ -349,6 +394,8 @@ impl Storm {
                 "{closed} is closed and being written"
             );
             exact += self.look(round, closed);
+            // While that epoch is closed, so what is new belongs to the next.
+            self.grow(round);
             if round % 7 == 3 {
                 self.machine.abandon(closed).unwrap();
                 continue;
@@ -363,6 +410,25 @@ impl Storm {
             }
         }
         exact
+    }
+
+    /// Lets a disk grow under its writers, now and then beyond the room of its journal.
+    fn grow(&self, round: usize) {
+        let disk = round % DISKS;
+        let before = self.sizes[disk].load(Ordering::Acquire);
+        let more = if round == ROUNDS / 2 {
+            3 * BLOCKS * BLOCK_SIZE
+        } else {
+            round as u64 * 512
+        };
+        let new = Extent::covering(before, more);
+        let open = self.machine.status().open;
+        self.machine.grow(disk, before + more).unwrap();
+        let mut noted = self.noted[disk].lock().unwrap();
+        let blocks = noted.entry(open.0).or_default();
+        blocks.extend(new.first_block..new.end_block());
+        drop(noted);
+        self.sizes[disk].store(before + more, Ordering::Release);
     }
 
     fn look(&self, round: usize, closed: Epoch) -> usize {
@@ -392,7 +458,8 @@ impl Storm {
 fn many_threads_at_once_forget_nothing() {
     let root = folder();
     let storm = Storm {
-        machine: open(root.path(), 16 << 10),
+        machine: open(root.path(), 16 << 10, SIZES),
+        sizes: SIZES.map(AtomicU64::new),
         root,
         noted: Default::default(),
         stop: AtomicBool::new(false),

@@ -34,7 +34,7 @@ use crate::failpoint::{Place, reached};
 const PAGES_IN_MEMORY_MAX: usize = 4096;
 
 /// Where one set lies in the file.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SetPlace {
     offset: u64,
     pages: u64,
@@ -51,7 +51,8 @@ impl SetPlace {
         }
     }
 
-    fn page_offset(self, page: u64) -> u64 {
+    /// Offset of a page in the file.
+    pub fn page_offset(self, page: u64) -> u64 {
         self.offset + page * PAGE_BYTES as u64
     }
 

@@ -13,7 +13,7 @@ use super::state::EpochState;
 use super::{Found, JournalOptions, open, verify};
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
 
-const VERSIONS: [Version; 1] = [Version::First];
+const VERSIONS: [Version; 2] = [Version::First, Version::Second];
 const BLOCKS: u64 = 256;
 const LINE_BYTES: usize = 32;
 
@@ -29,6 +29,7 @@ fn options() -> JournalOptions {
 fn fixture_of(version: Version) -> &'static str {
     match version {
         Version::First => include_str!("fixtures/version-1.txt"),
+        Version::Second => include_str!("fixtures/version-2.txt"),
     }
 }
 
@@ -84,7 +85,7 @@ fn blocks(reader: &JournalReader, after: u64, through: u64) -> Vec<u64> {
 
 fn check(path: &Path) {
     let reader = JournalReader::open(path).unwrap();
-    assert_eq!(reader.disk_size_bytes(), BLOCKS * BLOCK_SIZE);
+    assert_eq!(reader.disk_size_bytes().unwrap(), BLOCKS * BLOCK_SIZE);
     assert_eq!(reader.state().unwrap(), expected_state());
     let folded: Vec<u64> = (0..120).map(|number| number * 2).collect();
     // In the checkpoint set.
@@ -108,6 +109,30 @@ fn every_version_still_opens_and_tells_the_same() {
         assert_eq!((report.found, report.holes), (Found::Clean, 0));
         assert_eq!(journal.state(), expected_state());
         check(&path);
+    }
+}
+
+#[test]
+fn a_journal_of_any_version_grows_with_its_disk() {
+    for version in VERSIONS {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.hrl");
+        decode(fixture_of(version), &path);
+        let reader = JournalReader::open(&path).unwrap();
+        let grown = JournalOptions {
+            disk_size_bytes: 100_000 * BLOCK_SIZE,
+            ..options()
+        };
+        let (journal, report) = open(&path, &grown).unwrap();
+        assert_eq!(report.grown_from_bytes, Some(BLOCKS * BLOCK_SIZE));
+        assert_eq!(journal.state(), expected_state());
+        let folded: Vec<u64> = (0..120).map(|number| number * 2).collect();
+        assert_eq!(blocks(&reader, 1, 2), folded);
+        assert_eq!(blocks(&reader, 2, 3), [100, 101, 102, 255]);
+        assert_eq!(blocks(&reader, 3, 4), [7, 8, 9]);
+        let open_blocks: Vec<u64> = std::iter::once(31).chain(BLOCKS..100_000).collect();
+        assert_eq!(blocks(&reader, 4, u64::MAX), open_blocks);
+        assert!(verify(&path).unwrap().problems.is_empty());
     }
 }
 

@@ -39,10 +39,22 @@ pub const RING_BYTES_RANGE: std::ops::RangeInclusive<u64> = 16 << 10..=4 << 30;
 pub enum Version {
     /// Superblocks, alarm, reserved intent log, ring, two checkpoint sets.
     First = 1,
+    /// The checkpoint sets may have room for a larger disk, and may lie further behind the ring. A
+    /// journal of the first version becomes one of this when its disk grows.
+    Second = 2,
 }
 
-/// The version that is written.
-pub const VERSION: Version = Version::First;
+impl Version {
+    /// The version of this number, if there is one.
+    pub fn of(number: u32) -> Option<Self> {
+        [Self::First, Self::Second]
+            .into_iter()
+            .find(|version| *version as u32 == number)
+    }
+}
+
+/// The version of new journals.
+pub const VERSION: Version = Version::Second;
 
 /// Flag of a superblock: the journal was closed after a sync and nothing was written since.
 pub const FLAG_CLEAN: u32 = 1;
@@ -93,7 +105,7 @@ pub struct Superblock {
     pub ring_records: U64,
     /// Offset of the first page of the first checkpoint set; the second set follows.
     pub checkpoint_offset: U64,
-    /// Pages of one checkpoint set.
+    /// Pages that one checkpoint set has room for.
     pub checkpoint_pages: U64,
     /// The open epoch.
     pub open: U64,
@@ -132,15 +144,17 @@ pub enum SuperblockFault {
 }
 
 impl Superblock {
-    /// A superblock of zeroes.
+    /// A superblock of [`VERSION`] and zeroes.
     pub fn zeroed() -> Self {
-        Self::new_zeroed()
+        let mut superblock = Self::new_zeroed();
+        superblock.version = (VERSION as u32).into();
+        superblock
     }
 
-    /// Sets magic, version and check.
+    /// Sets magic and check. The version stays: an old journal is read by old programs as long as
+    /// its layout is the old one.
     pub fn seal(&mut self) {
         self.magic = MAGIC;
-        self.version = (VERSION as u32).into();
         self.check = xxh3_64(&self.as_bytes()[..PAGE_BYTES - 8]).into();
     }
 
@@ -159,18 +173,24 @@ impl Superblock {
             return Err(SuperblockFault::Damaged);
         }
         let version = superblock.version.get();
-        if version != Version::First as u32 {
+        if Version::of(version).is_none() {
             return Err(SuperblockFault::Future(version));
         }
         Ok(superblock)
     }
 
-    /// Bytes of the file before the checkpoint sets, all written in advance and mapped.
+    /// Bytes of the file up to the end of the ring, all written in advance and mapped. They never
+    /// move, so that a disk can grow under workers that hold the mapping.
     pub fn head_bytes(&self) -> u64 {
-        self.checkpoint_offset.get()
+        self.ring_offset.get() + self.ring_records.get() * RECORD_BYTES
     }
 
-    /// Bytes of the whole file.
+    /// Blocks that the checkpoint sets have bits for. No record tells of others.
+    pub fn room_blocks(&self) -> u64 {
+        self.checkpoint_pages.get() * CHECKPOINT_PAGE_BLOCKS
+    }
+
+    /// Bytes of the whole file; it is longer where a growth was cut off.
     pub fn file_bytes(&self) -> u64 {
         self.checkpoint_offset.get() + 2 * self.checkpoint_pages.get() * PAGE_BYTES as u64
     }
@@ -189,10 +209,23 @@ impl Superblock {
             && self.intent_offset.get() == INTENT_OFFSET
             && self.intent_bytes.get() == INTENT_TRANSACTIONS * PAGE_BYTES as u64
             && self.ring_offset.get() == RING_OFFSET
-            && self.checkpoint_offset.get() == RING_OFFSET + ring_bytes
             && u64::from(self.block_bytes.get()) == BLOCK_SIZE
             && self.region_bytes.get() == REGION_BYTES
-            && self.checkpoint_pages.get() == checkpoint_pages_of(self.disk_size_bytes.get())
+            && self.sets_are_consistent(RING_OFFSET + ring_bytes)
+    }
+
+    fn sets_are_consistent(&self, ring_end: u64) -> bool {
+        let (offset, pages) = (self.checkpoint_offset.get(), self.checkpoint_pages.get());
+        let needed = checkpoint_pages_of(self.disk_size_bytes.get());
+        match Version::of(self.version.get()) {
+            Some(Version::First) => offset == ring_end && pages == needed,
+            Some(Version::Second) => {
+                (ring_end..=CHECKPOINT_OFFSET_MAX).contains(&offset)
+                    && offset % PAGE_BYTES as u64 == 0
+                    && (needed..=CHECKPOINT_PAGES_MAX).contains(&pages)
+            }
+            None => false,
+        }
     }
 
     /// Whether every counter is so low that it can go on counting, and the epochs of the
@@ -337,9 +370,21 @@ const _: () = assert!(CHECKPOINT_HEAD_BYTES == 32);
 /// Blocks that one checkpoint page has bits for.
 pub const CHECKPOINT_PAGE_BLOCKS: u64 = ((PAGE_BYTES - CHECKPOINT_HEAD_BYTES) * 8) as u64;
 
+/// Pages that one checkpoint set needs for the largest disk.
+pub const CHECKPOINT_PAGES_MAX: u64 = DISK_BLOCKS_MAX.div_ceil(CHECKPOINT_PAGE_BLOCKS);
+/// Greatest offset of the checkpoint sets. None comes near it by growing.
+pub const CHECKPOINT_OFFSET_MAX: u64 = 1 << 50;
+
 /// Pages that one checkpoint set needs for a disk.
 pub fn checkpoint_pages_of(disk_size_bytes: u64) -> u64 {
     blocks_of(disk_size_bytes).div_ceil(CHECKPOINT_PAGE_BLOCKS)
+}
+
+/// Pages that new checkpoint sets get for a disk: holes cost nothing, and a disk that grows up to
+/// twice its size finds room.
+pub fn checkpoint_room_of(disk_size_bytes: u64) -> u64 {
+    let needed = checkpoint_pages_of(disk_size_bytes);
+    (2 * needed).min(CHECKPOINT_PAGES_MAX)
 }
 
 /// What a checkpoint page on disk is to a set.

@@ -17,6 +17,10 @@ mod checkpoint;
 
 mod writer;
 
+mod growth;
+
+mod head;
+
 mod recovery;
 
 pub mod reader;

@@ -5,15 +5,20 @@
 //! everything is read anew. Records of a closed epoch are complete before a cut is answered, so
 //! what a reader of closed epochs sees does not change under it in any other way.
 //!
+//! When the disk grows, the checkpoint sets may move while they are read. After each page the
+//! superblock is looked at; if it names another place by then, the page is read there. The old place
+//! is given back only after that superblock stands, so a page that was read before is whole.
+//!
 //! What it does not handle: locking. A journal that is set aside meanwhile goes on being read.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{SetPlace, extents_of_page};
-use super::format::{Operation, PageState, RECORD_BYTES, SetDescriptor, Slot, Superblock};
+use super::format::{Operation, PageState, RECORD_BYTES, Slot, Superblock};
+use super::head::{map_checked, read_superblock};
 use super::mapping::SharedWords;
-use super::recovery::{latest_alarm, map_checked, read_alarm, read_superblock};
+use super::recovery::{latest_alarm, read_alarm};
 use super::ring::read_slot;
 use super::state::EpochState;
 use super::writer::distrusted;
@@ -30,14 +35,8 @@ pub struct JournalReader {
     path: PathBuf,
     file: File,
     words: SharedWords,
-    first: FirstLook,
-}
-
-/// What never changes in a journal.
-#[derive(Debug)]
-struct FirstLook {
+    /// It never changes.
     journal_id: String,
-    disk_size_bytes: u64,
 }
 
 impl JournalReader {
@@ -53,26 +52,26 @@ impl JournalReader {
         let journal_id = uuid::Uuid::from_bytes(superblock.journal_id)
             .simple()
             .to_string();
-        let first = FirstLook {
-            journal_id,
-            disk_size_bytes: superblock.disk_size_bytes.get(),
-        };
         Ok(Self {
             path: path.to_owned(),
             file,
             words,
-            first,
+            journal_id,
         })
     }
 
     /// Random number of the journal, as 32 hexadecimal digits.
     pub fn journal_id(&self) -> String {
-        self.first.journal_id.clone()
+        self.journal_id.clone()
     }
 
-    /// Size of the disk in bytes.
-    pub fn disk_size_bytes(&self) -> u64 {
-        self.first.disk_size_bytes
+    /// Size of the disk in bytes at this moment.
+    ///
+    /// # Errors
+    ///
+    /// The superblocks are damaged.
+    pub fn disk_size_bytes(&self) -> Result<u64> {
+        Ok(self.superblock()?.disk_size_bytes.get())
     }
 
     fn superblock(&self) -> Result<Superblock> {
@@ -105,26 +104,28 @@ impl JournalReader {
             let within = |epoch: Epoch| after < epoch && epoch <= through;
             let resync = EpochState::of(&superblock).resync;
             let all = resync.into_iter().chain(alarms).any(within);
-            let sets = [0, 1]
-                .map(|index: usize| (superblock.sets[index], SetPlace::of(&superblock, index)));
             let again = self.superblock()?;
             let moved = again.ring_tail.get() != superblock.ring_tail.get()
                 || (0..2).any(|index| {
                     again.sets[index].generation.get() != superblock.sets[index].generation.get()
                 });
             if !moved {
-                let sets = sets
-                    .into_iter()
-                    .filter(|(set, _)| {
-                        set.highest_epoch.get() > after.0 && set.lowest_epoch.get() <= through.0
-                    })
-                    .filter(|(set, _)| set.highest_epoch.get() != 0)
-                    .collect();
+                let wanted = |index: &usize| {
+                    let set = &superblock.sets[*index];
+                    let (lowest, highest) = (set.lowest_epoch.get(), set.highest_epoch.get());
+                    highest != 0 && highest > after.0 && lowest <= through.0
+                };
+                let as_now = |index: usize| WantedSet {
+                    index,
+                    place: SetPlace::of(&superblock, index),
+                    generation: superblock.sets[index].generation.get(),
+                };
                 return Ok(DirtySet {
                     reader: self,
                     all,
                     ring,
-                    sets,
+                    sets: (0..2).filter(wanted).map(as_now).collect(),
+                    blocks: blocks_of(superblock.disk_size_bytes.get()),
                 });
             }
         }
@@ -146,7 +147,7 @@ impl JournalReader {
         let tail = superblock.ring_tail.get();
         let first_word = superblock.ring_offset.get() as usize / 8;
         let capacity = superblock.ring_records.get() as usize;
-        let blocks = blocks_of(self.first.disk_size_bytes);
+        let blocks = blocks_of(superblock.disk_size_bytes.get());
         let mut extents = Vec::new();
         let slots = self.words.words().get(first_word..).unwrap_or_default();
         for (index, slot) in slots.chunks_exact(4).take(capacity).enumerate() {
@@ -182,7 +183,18 @@ pub struct DirtySet<'a> {
     reader: &'a JournalReader,
     all: bool,
     ring: Vec<Extent>,
-    sets: Vec<(SetDescriptor, SetPlace)>,
+    sets: Vec<WantedSet>,
+    /// Blocks of the disk when the ring was read.
+    blocks: u64,
+}
+
+/// A checkpoint set that has to be read.
+#[derive(Clone, Copy, Debug)]
+struct WantedSet {
+    index: usize,
+    /// Where it was last seen.
+    place: SetPlace,
+    generation: u64,
 }
 
 impl DirtySet<'_> {
@@ -198,17 +210,16 @@ impl DirtySet<'_> {
     ///
     /// The checkpoint cannot be read.
     pub fn extents(&self) -> impl Iterator<Item = Result<Extent>> + '_ {
-        let cursors = self.sets.iter().map(|(set, place)| PageCursor {
-            set: self.reader,
-            place: *place,
-            generation: set.generation.get(),
+        let cursors = self.sets.iter().map(|&set| PageCursor {
+            reader: self.reader,
+            set,
             next_page: Some(0),
             pending: Vec::new(),
         });
         Merge {
             ring: self.ring.iter().copied().peekable(),
             cursors: cursors.collect(),
-            blocks: blocks_of(self.reader.first.disk_size_bytes),
+            blocks: self.blocks,
             pending: None,
             failed: false,
         }
@@ -227,9 +238,8 @@ impl DirtySet<'_> {
 
 /// Walks the pages of one checkpoint set; memory for one page at a time.
 struct PageCursor<'a> {
-    set: &'a JournalReader,
-    place: SetPlace,
-    generation: u64,
+    reader: &'a JournalReader,
+    set: WantedSet,
     next_page: Option<u64>,
     /// Extents of the present page, in reverse.
     pending: Vec<Extent>,
@@ -241,27 +251,53 @@ impl PageCursor<'_> {
             let Some(page) = self.next_page else {
                 return Ok(None);
             };
-            let failed = |error| {
-                let path = self.set.path.display();
-                Error::io(format!("Cannot read a checkpoint of journal {path}"), error)
-            };
-            let Some(page) = self.place.next_page(&self.set.file, page).map_err(failed)? else {
+            let Some((page, bytes, state)) = self.read_from(page)? else {
                 self.next_page = None;
                 return Ok(None);
             };
             self.next_page = Some(page + 1);
-            let (bytes, state) = self
-                .place
-                .read_page(&self.set.file, page, self.generation)
-                .map_err(failed)?;
             if state == PageState::Damaged {
-                let path = self.set.path.display();
+                let path = self.reader.path.display();
                 tracing::warn!("Checkpoint page {page} of {path} is damaged: all its blocks count");
             }
             self.pending = extents_of_page(&bytes, state, page);
             self.pending.reverse();
         }
         Ok(self.pending.last().copied())
+    }
+
+    /// The first page from this one on that the file has, from where the set is now.
+    fn read_from(&mut self, page: u64) -> Result<Option<(u64, Vec<u8>, PageState)>> {
+        let reader = self.reader;
+        let failed = |error| {
+            let path = reader.path.display();
+            Error::io(format!("Cannot read a checkpoint of journal {path}"), error)
+        };
+        loop {
+            let found = match self
+                .set
+                .place
+                .next_page(&reader.file, page)
+                .map_err(failed)?
+            {
+                None => None,
+                Some(page) => {
+                    reached(Place::ReadAfterSeekBeforePage);
+                    let (bytes, state) = self
+                        .set
+                        .place
+                        .read_page(&reader.file, page, self.set.generation)
+                        .map_err(failed)?;
+                    Some((page, bytes, state))
+                }
+            };
+            // Each move takes a disk that has doubled, so this ends.
+            let place = SetPlace::of(&reader.superblock()?, self.set.index);
+            if place == self.set.place {
+                return Ok(found);
+            }
+            self.set.place = place;
+        }
     }
 }
 

@@ -8,9 +8,10 @@
 //! | no file | a new journal; every block counts as changed |
 //! | same boot, or closed cleanly | ring and checkpoint are the truth |
 //! | another boot, not closed | watermarks are kept, every block counts as changed |
-//! | damage, another disk, cut short, a future version | refused, with the way out |
+//! | any of these, for a smaller disk | the same, then it is grown: what is new counts as changed |
+//! | damage, another or a smaller disk, cut short, a future version | refused, with the way out |
 //!
-//! What it does not handle: a disk that was changed while no tracker served it.
+//! What it does not handle: a disk that was changed while no tracker served it, unless it has grown.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -26,8 +27,9 @@ use super::checkpoint::SetPlace;
 use super::format::{
     ALARM_OFFSET, DISK_BLOCKS_MAX, INTENT_OFFSET, INTENT_TRANSACTIONS, Operation, PAGE_BYTES,
     RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE, RING_OFFSET, Record, Slot, Superblock,
-    SuperblockFault, checkpoint_pages_of,
+    checkpoint_room_of,
 };
+use super::head::{map_checked, read_superblock};
 use super::mapping::SharedWords;
 use super::ring::read_slot;
 use super::state::EpochState;
@@ -37,7 +39,7 @@ use crate::extent::{BLOCK_SIZE, Epoch, blocks_of};
 use crate::failpoint::{Place, reached};
 use crate::lock::lock_exclusive;
 
-/// Looks at the superblocks until they stand still.
+/// Looks at the ring until its tail stands still.
 const LOOKS_MAX: usize = 1000;
 
 /// What a journal is opened for.
@@ -77,6 +79,8 @@ pub struct RecoveryReport {
     pub records: u64,
     /// Slots that were claimed and never written.
     pub holes: u64,
+    /// Size of the disk that the journal was for, where the disk has grown since.
+    pub grown_from_bytes: Option<u64>,
 }
 
 impl fmt::Display for RecoveryReport {
@@ -104,6 +108,13 @@ impl fmt::Display for RecoveryReport {
                 "Journal {path}: the machine went down without a clean stop; every block counts \
                  as changed"
             ),
+        }?;
+        match self.grown_from_bytes {
+            Some(bytes) => write!(
+                f,
+                "; the disk has grown from {bytes} bytes, what is new counts as changed"
+            ),
+            None => Ok(()),
         }
     }
 }
@@ -190,6 +201,17 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
     ))
 }
 
+/// Refuses a disk that no journal can be for.
+pub(super) fn check_trackable(disk_size_bytes: u64) -> Result<()> {
+    if blocks_of(disk_size_bytes) <= DISK_BLOCKS_MAX {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        "Disks of more than 4 PiB are not tracked",
+    ))
+}
+
 fn create(path: &Path, options: &JournalOptions, boot: [u8; 16]) -> Result<()> {
     let ring_bytes = options.ring_bytes;
     if !RING_BYTES_RANGE.contains(&ring_bytes) || !ring_bytes.is_multiple_of(PAGE_BYTES as u64) {
@@ -198,12 +220,7 @@ fn create(path: &Path, options: &JournalOptions, boot: [u8; 16]) -> Result<()> {
             format!("A ring of {ring_bytes} bytes is not a multiple of 4096 from 16 KiB to 4 GiB"),
         ));
     }
-    if blocks_of(options.disk_size_bytes) > DISK_BLOCKS_MAX {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "Disks of more than 4 PiB are not tracked",
-        ));
-    }
+    check_trackable(options.disk_size_bytes)?;
     let mut superblock = Superblock::zeroed();
     superblock.sequence = 1.into();
     superblock.journal_id = Uuid::new_v4().into_bytes();
@@ -217,7 +234,7 @@ fn create(path: &Path, options: &JournalOptions, boot: [u8; 16]) -> Result<()> {
     superblock.ring_offset = RING_OFFSET.into();
     superblock.ring_records = (ring_bytes / RECORD_BYTES).into();
     superblock.checkpoint_offset = (RING_OFFSET + ring_bytes).into();
-    superblock.checkpoint_pages = checkpoint_pages_of(options.disk_size_bytes).into();
+    superblock.checkpoint_pages = checkpoint_room_of(options.disk_size_bytes).into();
     superblock.ring_tail = 1.into();
     for set in &mut superblock.sets {
         set.generation = 1.into();
@@ -269,125 +286,6 @@ fn write_new(path: &Path, superblock: &Superblock) -> std::io::Result<()> {
     written
 }
 
-/// Copies both superblocks out, so that they belong to one moment: twice, until nothing has changed
-/// in between. A tracker may be at work. Were one copy read, then the other while it is rewritten,
-/// the first might have been replaced by then, and an old state would pass for the present one.
-fn copy_superblocks(words: &SharedWords) -> Option<[Vec<u8>; 2]> {
-    let copy = || {
-        let mut pages = [vec![0; PAGE_BYTES], vec![0; PAGE_BYTES]];
-        for (index, page) in pages.iter_mut().enumerate() {
-            words.copy_out((index * PAGE_BYTES) as u64, page)?;
-        }
-        Some(pages)
-    };
-    let mut before = copy()?;
-    for _ in 0..LOOKS_MAX {
-        let after = copy()?;
-        if before == after {
-            break;
-        }
-        before = after;
-    }
-    Some(before)
-}
-
-/// Both superblocks, or what is wrong with each.
-pub(super) fn decode_superblocks(
-    words: &SharedWords,
-) -> [std::result::Result<Superblock, SuperblockFault>; 2] {
-    copy_superblocks(words).map_or(
-        [Err(SuperblockFault::Damaged), Err(SuperblockFault::Damaged)],
-        |pages| pages.map(|page| Superblock::decode(&page)),
-    )
-}
-
-/// The superblock that counts, and where it stands.
-pub(super) fn read_superblock(
-    path: &Path,
-    words: &SharedWords,
-    boot: Option<[u8; 16]>,
-) -> Result<(Superblock, usize)> {
-    let decoded = decode_superblocks(words);
-    for (copy, result) in decoded.iter().enumerate() {
-        if let Err(SuperblockFault::Future(version)) = result {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "Journal {}: the superblock at offset {} is of version {version}, this tracker \
-                     knows version 1: use the tracker that made it",
-                    path.display(),
-                    copy * PAGE_BYTES
-                ),
-            ));
-        }
-    }
-    let newest = decoded
-        .iter()
-        .enumerate()
-        .filter_map(|(copy, result)| result.as_ref().ok().map(|superblock| (*superblock, copy)))
-        .max_by_key(|(superblock, _)| superblock.sequence.get());
-    let damaged = decoded
-        .iter()
-        .position(|r| r.as_ref().err() == Some(&SuperblockFault::Damaged));
-    match (newest, damaged) {
-        // After a power cut a torn copy is nothing unusual, and nothing else is trusted anyway.
-        (Some(newest), Some(_)) if boot.is_some_and(|boot| newest.0.boot_id != boot) => Ok(newest),
-        (_, Some(copy)) => Err(distrusted(
-            ErrorKind::Corrupt,
-            path,
-            &format!("the superblock at offset {} is damaged", copy * PAGE_BYTES),
-        )),
-        (Some(newest), None) => Ok(newest),
-        (None, None) => Err(distrusted(
-            ErrorKind::Corrupt,
-            path,
-            "no superblock is whole",
-        )),
-    }
-}
-
-/// Maps the head of a journal and checks that it is all there.
-pub(super) fn map_checked(
-    path: &Path,
-    file: &File,
-    writable: bool,
-    boot: Option<[u8; 16]>,
-) -> Result<(SharedWords, Superblock, usize)> {
-    let io = |error| Error::io(format!("Cannot map journal {}", path.display()), error);
-    let length = file.metadata().map_err(io)?.len();
-    if length < RING_OFFSET {
-        let what = format!("it is cut short at {length} bytes");
-        return Err(distrusted(ErrorKind::Corrupt, path, &what));
-    }
-    let words = SharedWords::readable(file, RING_OFFSET).map_err(io)?;
-    let (superblock, copy) = read_superblock(path, &words, boot)?;
-    if !superblock.layout_is_consistent() {
-        let what = "the superblock lays out areas that this version does not have";
-        return Err(distrusted(ErrorKind::Corrupt, path, what));
-    }
-    if !superblock.counters_are_consistent() {
-        let what = "a counter of the superblock is out of range";
-        return Err(distrusted(ErrorKind::Corrupt, path, what));
-    }
-    if length != superblock.file_bytes() {
-        let what = format!(
-            "it has {length} bytes where {} are expected",
-            superblock.file_bytes()
-        );
-        return Err(distrusted(ErrorKind::Corrupt, path, &what));
-    }
-    let map = if writable {
-        SharedWords::writable
-    } else {
-        SharedWords::readable
-    };
-    Ok((
-        map(file, superblock.head_bytes()).map_err(io)?,
-        superblock,
-        copy,
-    ))
-}
-
 /// What a scan of all slots found.
 pub(super) struct Scan {
     pub records: Vec<Record>,
@@ -399,7 +297,8 @@ fn scan(path: &Path, words: &SharedWords, superblock: &Superblock) -> Result<Sca
     let tail = superblock.ring_tail.get();
     let capacity = superblock.ring_records.get();
     let first_word = superblock.ring_offset.get() as usize / 8;
-    let blocks = blocks_of(superblock.disk_size_bytes.get());
+    // Not those of the disk: when it grows, the record of what is new comes before its size.
+    let blocks = superblock.room_blocks();
     let mut records = Vec::new();
     let mut head = tail;
     let slots = words.words()[first_word..]
@@ -473,6 +372,7 @@ fn recover(
         found: Found::Clean,
         records: 0,
         holes: 0,
+        grown_from_bytes: None,
     };
     let mut holes = Vec::new();
     let mut head = superblock.ring_tail.get();
@@ -504,6 +404,7 @@ fn recover(
     superblock.flags = 0.into();
     superblock.boot_id = boot;
     superblock.openings = (superblock.openings.get() + 1).into();
+    remove_excess(path, &file, &superblock)?;
     let journal = Journal::new(path.to_owned(), file, words, superblock, copy, head);
     fill_holes(&journal, holes);
     reached(Place::RecoverAfterHolesBeforePublish);
@@ -512,7 +413,25 @@ fn recover(
     journal.update(|_| {})?;
     reached(Place::RecoverAfterFirstPublishBeforeSecond);
     journal.update(|_| {})?;
+    let known_bytes = superblock.disk_size_bytes.get();
+    if known_bytes < options.disk_size_bytes {
+        reached(Place::RecoverAfterSecondPublishBeforeGrow);
+        journal.grow(options.disk_size_bytes, journal.watermarks().open)?;
+        report.grown_from_bytes = Some(known_bytes);
+    }
     Ok((journal, report))
+}
+
+/// Cuts off what a growth that did not come to its end has put behind the checkpoint sets.
+fn remove_excess(path: &Path, file: &File, superblock: &Superblock) -> Result<()> {
+    let failed = |error| {
+        let path = path.display();
+        Error::io(format!("Cannot set the length of journal {path}"), error)
+    };
+    if file.metadata().map_err(failed)?.len() > superblock.file_bytes() {
+        file.set_len(superblock.file_bytes()).map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// Slots that were claimed and not written tell of writes that were never submitted.
@@ -553,14 +472,14 @@ fn check_disk(path: &Path, superblock: &Superblock, options: &JournalOptions) ->
         return Err(distrusted(ErrorKind::Mismatch, path, what));
     }
     let size = superblock.disk_size_bytes.get();
-    if size != options.disk_size_bytes {
+    if size > options.disk_size_bytes {
         let what = format!(
-            "it is for {size} bytes, the disk has {}",
+            "it is for {size} bytes, the disk has only {}",
             options.disk_size_bytes
         );
         return Err(distrusted(ErrorKind::Mismatch, path, &what));
     }
-    Ok(())
+    check_trackable(options.disk_size_bytes)
 }
 
 /// After a power cut the ring and the checkpoints mean nothing: they are emptied.

@@ -23,20 +23,22 @@ use super::reader::JournalReader;
 use super::state::EpochState;
 use super::{Found, Journal, JournalOptions, open};
 use crate::error::ErrorKind;
-use crate::extent::{BLOCK_SIZE, Epoch, Extent};
+use crate::extent::{BLOCK_SIZE, Epoch, Extent, blocks_of};
 use crate::failpoint::{Place, watching};
 
-/// Blocks of the disk: three checkpoint pages, the last one short.
+/// Blocks of the disk in the beginning: three checkpoint pages, the last one short.
 const BLOCKS: u64 = 70_001;
+/// Blocks that it may grow to: its checkpoint sets have to move.
+const BLOCKS_MAX: u64 = 260_000;
 const RING_BYTES: u64 = 16 << 10;
 /// Moments at one place in one step that are looked at.
 const MOMENTS_MAX: usize = 3;
 const RING_RECORDS: u64 = RING_BYTES / RECORD_BYTES;
 
-fn options() -> JournalOptions {
+fn options(disk_size_bytes: u64) -> JournalOptions {
     JournalOptions {
         disk_identity: [7; 16],
-        disk_size_bytes: BLOCKS * BLOCK_SIZE,
+        disk_size_bytes,
         ring_bytes: RING_BYTES,
         rebuild: false,
     }
@@ -53,7 +55,7 @@ struct Blocks(Vec<u64>);
 
 impl Default for Blocks {
     fn default() -> Self {
-        Self(vec![0; BLOCKS.div_ceil(64) as usize])
+        Self(vec![0; BLOCKS_MAX.div_ceil(64) as usize])
     }
 }
 
@@ -79,8 +81,10 @@ impl Blocks {
 }
 
 /// What must be known.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Model {
+    /// Size of the disk.
+    size_bytes: u64,
     /// The blocks recorded in each epoch.
     changed: BTreeMap<u64, Blocks>,
     /// Epochs as of which every block must count as changed.
@@ -90,6 +94,36 @@ struct Model {
 }
 
 impl Model {
+    fn new() -> Self {
+        Self {
+            size_bytes: BLOCKS * BLOCK_SIZE,
+            changed: BTreeMap::new(),
+            suspect: BTreeSet::from([1]),
+            sealed: BTreeSet::new(),
+        }
+    }
+
+    /// The disk is larger, and what is new has changed in this epoch; or every block has, if the ring
+    /// took no record. Whether it is known which.
+    fn grow(&mut self, journal: &Journal, epoch: u64, size_bytes: u64) -> bool {
+        let new = Extent::covering(self.size_bytes, size_bytes - self.size_bytes);
+        self.size_bytes = size_bytes;
+        if new.block_count == 0 {
+            return true;
+        }
+        let is_recorded = journal.state().resync != Some(Epoch(epoch));
+        if is_recorded {
+            self.record(epoch, new);
+        } else {
+            self.suspect.insert(epoch);
+        }
+        is_recorded
+    }
+
+    fn blocks(&self) -> u64 {
+        blocks_of(self.size_bytes)
+    }
+
     fn record(&mut self, epoch: u64, extent: Extent) {
         self.changed.entry(epoch).or_default().insert(extent);
     }
@@ -112,7 +146,7 @@ impl Model {
             if end.is_some_and(|end| extent.first_block < end) || extent.block_count == 0 {
                 return Err(format!("extents out of order at {extent:?}"));
             }
-            if extent.end_block() > BLOCKS {
+            if extent.end_block() > self.blocks() {
                 return Err(format!("{extent:?} ends past the disk"));
             }
             end = Some(extent.end_block());
@@ -158,6 +192,8 @@ struct World {
     /// Writes are stamped with it.
     open: u64,
     model: Model,
+    /// Size of the disk itself, which grows before anybody knows of it.
+    size_bytes: u64,
     /// The model knows all that was recorded, not only what must be known.
     is_exact: bool,
 }
@@ -165,16 +201,16 @@ struct World {
 impl World {
     fn new() -> Self {
         let folder = folder();
-        let (journal, report) = open(&folder.path().join("0.hrl"), &options()).unwrap();
+        let (journal, report) =
+            open(&folder.path().join("0.hrl"), &options(BLOCKS * BLOCK_SIZE)).unwrap();
         assert_eq!(report.found, Found::New(None));
-        let mut model = Model::default();
-        model.suspect.insert(1);
         Self {
             folder,
             number: 0,
             journal,
             open: 1,
-            model,
+            model: Model::new(),
+            size_bytes: BLOCKS * BLOCK_SIZE,
             is_exact: true,
         }
     }
@@ -200,9 +236,10 @@ impl World {
     }
 
     fn record(&mut self, first_block: u64, block_count: u64) {
+        let first_block = first_block % self.model.blocks();
         let extent = Extent {
             first_block,
-            block_count: block_count.min(BLOCKS - first_block),
+            block_count: block_count.min(self.model.blocks() - first_block),
         };
         let written = self.journal.records_written();
         self.journal
@@ -227,7 +264,7 @@ impl World {
             Step::Record(first_block, block_count) => self.record(first_block, block_count),
             Step::Burst(first_block, count) => {
                 for number in 0..count {
-                    self.record((first_block + number * 977) % BLOCKS, 1);
+                    self.record(first_block + number * 977, 1);
                 }
             }
             Step::Hole => self.journal.ring().claim(),
@@ -272,7 +309,23 @@ impl World {
                 self.reopen(self.image(), Some(Found::Clean));
             }
             Step::Kill => self.reopen(self.image(), Some(Found::Killed)),
+            Step::Grow(sectors) => {
+                self.grow_disk(sectors);
+                let open = Epoch(self.open);
+                self.journal.grow(self.size_bytes, open).unwrap();
+                self.is_exact &= self.model.grow(&self.journal, self.open, self.size_bytes);
+            }
+            Step::GrowWhileStopped(sectors) => {
+                let image = self.image();
+                self.grow_disk(sectors);
+                self.reopen(image, Some(Found::Killed));
+            }
         }
+    }
+
+    fn grow_disk(&mut self, sectors: u64) {
+        let most = BLOCKS_MAX * BLOCK_SIZE;
+        self.size_bytes = (self.size_bytes + sectors * 512).min(most);
     }
 
     /// Carries a step out and returns what a kill would have left at each place on the way.
@@ -298,7 +351,7 @@ impl World {
     fn reopen(&mut self, image: Vec<u8>, found: Option<Found>) {
         self.number += 1;
         std::fs::write(self.path(), image).unwrap();
-        let (journal, report) = open(&self.path(), &options()).unwrap();
+        let (journal, report) = open(&self.path(), &options(self.size_bytes)).unwrap();
         assert!(found.is_none_or(|found| report.found == found));
         self.journal = journal;
         let old = self.folder.path().join(format!("{}.hrl", self.number - 1));
@@ -308,6 +361,8 @@ impl World {
         let newest = self.model.changed.keys().last().copied().unwrap_or(0);
         assert!(state.open.0 >= newest, "epoch {newest} is not known");
         self.open = state.open.0;
+        // Whether it knew of the growth already or not: what is new has changed.
+        self.is_exact &= self.model.grow(&self.journal, self.open, self.size_bytes);
     }
 
     /// Compares with the model. Nothing that is committed is reported, unless it was folded with
@@ -338,13 +393,17 @@ enum Step {
     Commit(usize),
     Close,
     Kill,
+    /// By so many sectors, while it is served.
+    Grow(u64),
+    /// The same after a kill.
+    GrowWhileStopped(u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        6 => (0..BLOCKS, prop_oneof![1..40u64, 1..40_000u64])
+        6 => (0..BLOCKS_MAX, prop_oneof![1..40u64, 1..40_000u64])
             .prop_map(|(first, count)| Step::Record(first, count)),
-        6 => (0..BLOCKS, 1..450u64).prop_map(|(first, count)| Step::Burst(first, count)),
+        6 => (0..BLOCKS_MAX, 1..450u64).prop_map(|(first, count)| Step::Burst(first, count)),
         1 => Just(Step::Hole),
         1 => Just(Step::Alarm),
         4 => Just(Step::Maintain),
@@ -356,7 +415,14 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..3usize).prop_map(Step::Commit),
         1 => Just(Step::Close),
         2 => Just(Step::Kill),
+        3 => sectors().prop_map(Step::Grow),
+        1 => sectors().prop_map(Step::GrowWhileStopped),
     ]
+}
+
+/// Growth within a block, within a checkpoint page, and over several.
+fn sectors() -> impl Strategy<Value = u64> {
+    prop_oneof![0..20u64, 0..3000u64, 0..800_000u64]
 }
 
 /// A step costs milliseconds, so there are fewer cases than elsewhere; `PROPTEST_CASES` scales them.
@@ -422,6 +488,13 @@ fn every_place_of_a_kill_is_visited() {
         Step::Commit(0),
         Step::Kill,
         Step::Close,
+        // Within the block, within the room, and into a new place.
+        Step::Burst(11, 360),
+        Step::Maintain,
+        Step::Grow(1),
+        Step::GrowWhileStopped(500_000),
+        Step::Grow(1_000_000),
+        Step::GrowWhileStopped(1_500_000),
     ]);
     for step in &steps {
         let before = world.model.clone();
@@ -429,12 +502,13 @@ fn every_place_of_a_kill_is_visited() {
             visited.insert(point);
             let path = world.folder.path().join("moment.hrl");
             std::fs::write(&path, image).unwrap();
-            let (journal, _) = open(&path, &options()).unwrap();
+            let (journal, _) = open(&path, &options(world.size_bytes)).unwrap();
             assert!(journal.watermarks().is_consistent(), "{point:?}");
-            let model = match step {
-                Step::Commit(_) => &world.model,
-                _ => &before,
+            let mut model = match step {
+                Step::Commit(_) => world.model.clone(),
+                _ => before.clone(),
             };
+            model.grow(&journal, journal.watermarks().open.0, world.size_bytes);
             if let Err(error) = model.check_all(&path) {
                 panic!("{point:?} in {step:?}: {error}");
             }
@@ -448,8 +522,12 @@ fn every_place_of_a_kill_is_visited() {
         Place::CutAfterGatherBeforeAdvance,
         Place::CutAfterAdvanceBeforeUpdate,
         Place::MachineAfterDiskBeforeNext,
+        // Of a disk; see `control::resize`.
+        Place::ResizeAfterFileBeforeJournal,
+        Place::ResizeAfterJournalBeforeSize,
         // Of a reader.
         Place::ReadAfterSuperblockBeforeRing,
+        Place::ReadAfterSeekBeforePage,
     ];
     visited.extend(elsewhere);
     let missed: Vec<_> = Place::ALL
@@ -511,7 +589,7 @@ fn judge(path: &Path, model: &Model, what: &str) -> bool {
         complaint.as_ref().is_none_or(|text| text.contains(&name)),
         "{what}: a reader says {complaint:?}"
     );
-    match open(path, &options()) {
+    match open(path, &options(model.size_bytes)) {
         Err(error) => {
             refused(&error);
             false
@@ -622,7 +700,7 @@ proptest! {
         {
             let _ = dirty.block_count();
         }
-        if let Ok((journal, _)) = open(&path, &options()) {
+        if let Ok((journal, _)) = open(&path, &options(BLOCKS * BLOCK_SIZE)) {
             journal.record(Epoch(journal.state().open.0), Extent { first_block: 0, block_count: 9 }, Operation::Trim);
             journal.maintain().unwrap();
             let open = journal.state().open;

@@ -1,11 +1,15 @@
 //! Tests of single behaviours of a journal as a whole.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use zerocopy::IntoBytes;
 
-use super::format::{FLAG_CLEAN, Operation, PAGE_BYTES, RECORD_BYTES, RING_OFFSET, Superblock};
+use super::format::{
+    CHECKPOINT_PAGE_BLOCKS, FLAG_CLEAN, Operation, PAGE_BYTES, RECORD_BYTES, RING_OFFSET,
+    Superblock,
+};
 use super::reader::JournalReader;
 use super::state::EpochState;
 use super::{Found, Journal, JournalOptions, open};
@@ -310,4 +314,119 @@ fn a_power_cut_in_the_middle_of_distrust_is_distrusted_again() {
         let (journal, _) = open(&path, &options()).unwrap();
         assert_eq!(journal.state().resync, Some(Epoch(2)), "{place:?}");
     }
+}
+
+/// Folds records into a checkpoint set until it is in use.
+fn fold(journal: &Journal, epoch: u64, first_block: u64) {
+    for number in 0..370 {
+        write(journal, epoch, first_block + number * 2, 1);
+    }
+    journal.maintain().unwrap();
+    assert!(journal.sets_in_use() > 0);
+}
+
+#[test]
+fn a_disk_grows_within_its_last_block_its_page_its_room_and_beyond() {
+    // Bytes before and after, and the blocks that count as changed then.
+    let room = 6 * CHECKPOINT_PAGE_BLOCKS * BLOCK_SIZE;
+    let begin = BLOCKS * BLOCK_SIZE;
+    let last = BLOCKS - 1;
+    let table = [
+        (begin - 3584, begin - 3072, last..BLOCKS, false),
+        (begin - 512, begin, last..BLOCKS, false),
+        (begin, begin + 512, BLOCKS..BLOCKS + 1, false),
+        (begin - 512, begin + 512, last..BLOCKS + 1, false),
+        (begin, room, BLOCKS..room / BLOCK_SIZE, false),
+        (begin, room + 512, BLOCKS..room / BLOCK_SIZE + 1, true),
+    ];
+    for (before, after, new, moves) in table {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.hrl");
+        let sized = |disk_size_bytes| JournalOptions {
+            disk_size_bytes,
+            ..options()
+        };
+        let (journal, _) = open(&path, &sized(before)).unwrap();
+        past_first_epoch(&journal);
+        fold(&journal, 2, 0);
+        journal.update(|state| state.cut(Epoch(3))).unwrap();
+        let reader = JournalReader::open(&path).unwrap();
+        let folded = reported(&path, 1, 2);
+        let length = std::fs::metadata(&path).unwrap().len();
+        journal.grow(after, Epoch(3)).unwrap();
+        // A reader that was there before sees it as well.
+        assert_eq!(reader.disk_size_bytes().unwrap(), after);
+        assert_eq!(reported(&path, 2, 3), Vec::from_iter(new.clone()));
+        assert_eq!(reported(&path, 1, 2), folded);
+        assert_eq!(std::fs::metadata(&path).unwrap().len() > length, moves);
+        assert!(super::verify(&path).unwrap().problems.is_empty());
+        // It may be repeated, and goes on as any other.
+        journal.grow(after, Epoch(3)).unwrap();
+        fold(&journal, 3, 1000);
+        write(&journal, 3, new.end - 1, 1);
+        let error = journal.grow(before, Epoch(3)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        drop(journal);
+        let (_journal, report) = open(&path, &sized(after)).unwrap();
+        assert_eq!(report.grown_from_bytes, None);
+        let holds = |after, through, blocks: &[u64]| {
+            let found: BTreeSet<u64> = reported(&path, after, through).into_iter().collect();
+            blocks.iter().all(|block| found.contains(block))
+        };
+        assert!(holds(2, 3, &Vec::from_iter(new)));
+        assert!(holds(1, 2, &folded));
+    }
+}
+
+#[test]
+fn a_smaller_disk_than_the_journals_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    drop(journal);
+    let smaller = JournalOptions {
+        disk_size_bytes: BLOCKS * BLOCK_SIZE - 512,
+        ..options()
+    };
+    let error = open(&path, &smaller).map(|_| ()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Mismatch);
+}
+
+#[test]
+fn a_reader_follows_checkpoint_sets_that_move_under_it() {
+    for place in [
+        Place::ReadAfterSuperblockBeforeRing,
+        Place::ReadAfterSeekBeforePage,
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, journal) = new_journal(&folder);
+        past_first_epoch(&journal);
+        // Pages apart from each other, so that the move comes between two of them.
+        fold(&journal, 2, 0);
+        fold(&journal, 2, 2 * CHECKPOINT_PAGE_BLOCKS);
+        journal.update(|state| state.cut(Epoch(3))).unwrap();
+        let expected = reported(&path, 1, 2);
+        let mut times = 0;
+        let grow = move |reached| {
+            if reached == place && times < 3 {
+                times += 1;
+                let blocks = BLOCKS << (2 * times);
+                journal.grow(blocks * BLOCK_SIZE, Epoch(3)).unwrap();
+            }
+        };
+        assert_eq!(watching(grow, || reported(&path, 1, 2)), expected);
+    }
+}
+
+#[test]
+fn a_growth_that_finds_no_room_in_the_ring_makes_every_block_count() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = new_journal(&folder);
+    past_first_epoch(&journal);
+    for block in 0..600 {
+        write(&journal, 2, block * 2, 1);
+    }
+    journal.update(|state| state.cut(Epoch(3))).unwrap();
+    journal.grow(2 * BLOCKS * BLOCK_SIZE, Epoch(3)).unwrap();
+    let reader = JournalReader::open(&path).unwrap();
+    assert!(reader.dirty(Epoch(2), Epoch(3)).unwrap().all());
 }

@@ -10,8 +10,9 @@ use super::format::{
     ALARM_OFFSET, ALARM_WORDS, FLAG_CLEAN, PAGE_BYTES, PageState, RECORD_BYTES, RING_OFFSET, Slot,
     Superblock, SuperblockFault, decode_alarm,
 };
+use super::head::{decode_superblocks, map_checked};
 use super::mapping::SharedWords;
-use super::recovery::{decode_superblocks, map_checked, read_alarm, scan_live};
+use super::recovery::{read_alarm, scan_live};
 use super::ring::read_slot;
 use super::state::EpochState;
 use crate::error::{Error, Result};

@@ -47,15 +47,15 @@ const FOLD_DOWN_TO_PERCENT: u64 = 50;
 const SUPERBLOCK_MIDDLE_WORD: usize = std::mem::offset_of!(Superblock, resync) / 8;
 
 /// The superblock as last published, and which copy holds it.
-struct Published {
-    superblock: Superblock,
+pub(super) struct Published {
+    pub(super) superblock: Superblock,
     copy: usize,
 }
 
 /// The journal of one disk, locked by its tracker.
 pub struct Journal {
     path: PathBuf,
-    file: Flock<File>,
+    pub(super) file: Flock<File>,
     words: SharedWords,
     ring: Ring,
     published: Mutex<Published>,
@@ -157,7 +157,7 @@ impl Journal {
         Alarm::of(&self.words).gather(self.watermarks().sealed, closing);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Published> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Published> {
         self.published
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -271,21 +271,32 @@ impl Journal {
 
     /// Makes the copy durable that counts. Each time, also where nobody waits for it: otherwise the
     /// next update would rewrite the last copy that is.
-    fn sync_superblock(&self, published: &Published) -> Result<()> {
+    pub(super) fn sync_superblock(&self, published: &Published) -> Result<()> {
         let offset = published.copy as u64 * PAGE_BYTES as u64;
         self.sync(&published.superblock, offset, PAGE_BYTES as u64)
     }
 
     fn sync(&self, superblock: &Superblock, offset: u64, length_bytes: u64) -> Result<()> {
-        self.sync_words(offset, length_bytes).map_err(|error| {
-            self.sync_failed.store(true, Ordering::Release);
-            let state = EpochState::of(superblock);
-            for epoch in [Some(state.open), state.closed].into_iter().flatten() {
-                self.raise_alarm(epoch);
-            }
-            let path = self.path.display();
-            Error::io(format!("Cannot sync journal {path}"), error)
-        })
+        self.sync_words(offset, length_bytes)
+            .map_err(|error| self.distrust_sync(superblock, error))
+    }
+
+    /// Makes the whole file durable, its length included.
+    pub(super) fn sync_file(&self, superblock: &Superblock) -> Result<()> {
+        self.file
+            .sync_all()
+            .map_err(|error| self.distrust_sync(superblock, error))
+    }
+
+    /// What a failed sync means: nothing that should have become durable is believed.
+    fn distrust_sync(&self, superblock: &Superblock, error: std::io::Error) -> Error {
+        self.sync_failed.store(true, Ordering::Release);
+        let state = EpochState::of(superblock);
+        for epoch in [Some(state.open), state.closed].into_iter().flatten() {
+            self.raise_alarm(epoch);
+        }
+        let path = self.path.display();
+        Error::io(format!("Cannot sync journal {path}"), error)
     }
 
     fn sync_words(&self, offset: u64, length_bytes: u64) -> std::io::Result<()> {
@@ -319,7 +330,7 @@ impl Journal {
         tail
     }
 
-    fn publish(&self, published: &mut Published, mut superblock: Superblock) {
+    pub(super) fn publish(&self, published: &mut Published, mut superblock: Superblock) {
         superblock.sequence = (published.superblock.sequence.get() + 1).into();
         superblock.seal();
         let copy = 1 - published.copy;

@@ -4,6 +4,9 @@
 //! tracker goes away, or the kernel gives a connection up because a request took too long, the
 //! socket hangs up; then a new connection is negotiated and offered to the kernel.
 //!
+//! A disk that has grown is found at each new connection, and at a SIGHUP, since nothing in the
+//! protocol tells a client of it. The kernel is told of the size after it has the connection.
+//!
 //! Order: the new connection is negotiated first, then offered, and the old descriptor is closed
 //! when the kernel has taken the new one. Nothing is written to disk; a kill at any moment leaves a
 //! device that works as long as its connections do.
@@ -14,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 
 use super::AttachOptions;
@@ -34,7 +38,7 @@ const OFFERS_MAX: usize = 250;
 pub struct Keeper<'a> {
     /// What was asked for.
     pub options: &'a AttachOptions,
-    /// What the device was made of; another server must say the same.
+    /// What the device is made of; another server must say the same, or of more bytes.
     pub export: ExportInfo,
     /// What the kernel knows the device by.
     pub identifier: String,
@@ -42,7 +46,7 @@ pub struct Keeper<'a> {
     pub kernel: Kernel,
     /// Whether this kernel shows that it has taken a socket.
     pub marks_sockets: bool,
-    /// SIGTERM and SIGINT.
+    /// SIGTERM and SIGINT, which end the process, and SIGHUP, at which it looks at the export again.
     pub signals: SignalFd,
     /// One stream for each connection of the kernel.
     pub streams: Vec<UnixStream>,
@@ -69,7 +73,9 @@ enum Event {
     /// The connection of this index hung up.
     Lost(usize),
     /// The process is to end.
-    Signal,
+    End,
+    /// The export is to be looked at.
+    Look,
     /// The time ran out.
     Timeout,
 }
@@ -99,7 +105,8 @@ impl Keeper<'_> {
                         return Ok(());
                     }
                 }
-                Event::Signal => return self.leave(),
+                Event::End => return self.leave(),
+                Event::Look => self.look(),
                 Event::Timeout => {}
             }
             if !self.is_attached() {
@@ -162,7 +169,7 @@ impl Keeper<'_> {
                 )
                 .with_source(failure));
             }
-            if self.wait(Some(CONNECT_INTERVAL))? == Event::Signal {
+            if self.wait(Some(CONNECT_INTERVAL))? == Event::End {
                 self.leave()?;
                 return Ok(false);
             }
@@ -180,7 +187,7 @@ impl Keeper<'_> {
             Ok(opened) => opened,
             Err(error) => return Ok(Attempt::Failed(error)),
         };
-        if export != self.export {
+        if !self.is_ours(&export) {
             return Ok(Attempt::Failed(Error::new(
                 ErrorKind::Mismatch,
                 format!(
@@ -205,6 +212,7 @@ impl Keeper<'_> {
                 if let Some(old) = self.streams.get_mut(index) {
                     *old = stream;
                 }
+                self.take_size(&export);
                 return Ok(Attempt::Reconnected);
             }
             std::thread::sleep(OFFER_INTERVAL);
@@ -213,6 +221,55 @@ impl Keeper<'_> {
             ErrorKind::State,
             "The kernel does not take a new connection: see `dmesg`",
         )))
+    }
+
+    /// Whether a server serves what the device was made of, which may have grown since.
+    fn is_ours(&self, export: &ExportInfo) -> bool {
+        let as_before = ExportInfo {
+            size_bytes: self.export.size_bytes,
+            ..*export
+        };
+        as_before == self.export && export.size_bytes >= self.export.size_bytes
+    }
+
+    /// Asks the server how large the export is by now. Whatever goes wrong leaves the device as it is.
+    fn look(&mut self) {
+        let options = self.options;
+        let deadline = Instant::now() + DEADLINE;
+        match client::open(&options.socket, &options.name, deadline) {
+            Ok((_stream, export)) if self.is_ours(&export) => self.take_size(&export),
+            Ok((_stream, export)) => tracing::warn!(
+                "The server on {} has another disk now, of {} bytes: {} stays as it is",
+                options.socket.display(),
+                export.size_bytes,
+                options.device
+            ),
+            Err(error) => tracing::warn!("{}", error.chain()),
+        }
+    }
+
+    /// Makes the device as large as the export, if that has grown.
+    fn take_size(&mut self, export: &ExportInfo) {
+        let (options, size_bytes) = (self.options, export.size_bytes);
+        let device = options.device;
+        if size_bytes == self.export.size_bytes || !self.is_attached() {
+            return;
+        }
+        if !size_bytes.is_multiple_of(u64::from(options.block_size)) {
+            tracing::warn!(
+                "{device} cannot take {size_bytes} bytes: they are no multiple of its blocks of {} \
+                 bytes",
+                options.block_size
+            );
+            return;
+        }
+        match self.kernel.resize(device, &self.identifier, size_bytes) {
+            Ok(()) => {
+                self.export.size_bytes = size_bytes;
+                tracing::info!("{device} has {size_bytes} bytes");
+            }
+            Err(error) => tracing::warn!("{}", error.chain()),
+        }
     }
 
     /// Whether the device is still the one that this process attached.
@@ -243,8 +300,9 @@ impl Keeper<'_> {
         match watched.iter().position(happened) {
             Some(0) => {
                 // Taken from the queue, so that a wait that follows is not ended by it again.
-                let _taken = self.signals.read_signal();
-                Ok(Event::Signal)
+                let taken = self.signals.read_signal().ok().flatten();
+                let is_look = taken.is_some_and(|info| info.ssi_signo == Signal::SIGHUP as u32);
+                Ok(if is_look { Event::Look } else { Event::End })
             }
             Some(place) => Ok(Event::Lost(place - 1)),
             None => Ok(Event::Timeout),

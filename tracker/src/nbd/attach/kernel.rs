@@ -166,6 +166,21 @@ impl Kernel {
         }
     }
 
+    /// Tells a device that it is larger by now, also while it is mounted.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses, or the device is not attached any more.
+    pub fn resize(&mut self, device: Device, identifier: &str, size_bytes: u64) -> Result<()> {
+        let request = self
+            .request(command::NBD_CMD_RECONFIGURE)
+            .u32(attribute::NBD_ATTR_INDEX, device.index())
+            .u64(attribute::NBD_ATTR_SIZE_BYTES, size_bytes)
+            .text(attribute::NBD_ATTR_BACKEND_IDENTIFIER, identifier);
+        self.exchange(request, |_| {})
+            .map_err(|errno| refused("resize", device, errno))
+    }
+
     /// Takes a device apart. One that is not attached is no error.
     ///
     /// # Errors

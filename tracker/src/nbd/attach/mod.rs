@@ -9,6 +9,8 @@
 //! of a request. Both are a pause to whoever has mounted the device. Only where no tracker comes
 //! back in time do they become errors.
 //!
+//! A disk that grows: the device takes the new size at a SIGHUP, and whenever it is connected anew.
+//!
 //! What it does not handle: the end of this process. The device works on without it, but then
 //! nobody reconnects.
 
@@ -143,11 +145,12 @@ pub fn detach(device: Device, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// SIGTERM and SIGINT as a descriptor, before anything is attached.
+/// The signals that the keeper takes as a descriptor, before anything is attached.
 fn block_signals() -> Result<SignalFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGHUP);
     signals
         .thread_block()
         .and_then(|()| SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC))

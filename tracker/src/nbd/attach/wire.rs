@@ -36,7 +36,7 @@ pub mod command {
     pub const NBD_CMD_CONNECT: u8 = 1;
     /// Takes a device apart.
     pub const NBD_CMD_DISCONNECT: u8 = 2;
-    /// Gives a device a connection for one that it has lost.
+    /// Gives a device a connection for one that it has lost, or another size.
     pub const NBD_CMD_RECONFIGURE: u8 = 3;
 }
 

@@ -1,0 +1,132 @@
+//! A journal made to fit a disk that has grown, in place and under its workers.
+//!
+//! Overview: everything that workers hold, which is alarm and ring, stays where it is. Only the
+//! checkpoint sets depend on the size of the disk; they are used under the mutex and by readers that
+//! look at the superblock. Where they lack room they move behind the end of the file.
+//!
+//! Order, all under the mutex, so that nothing is folded meanwhile:
+//!
+//! 1. Sets that are too small are copied to a larger place; the file is synced; a superblock of
+//!    version 2 that names the place is published and synced; the old place is punched out.
+//! 2. The record of what is new stands in the ring.
+//! 3. The superblock with the larger size is published and synced.
+//!
+//! Crash consistency: before step 3 the journal is one of the smaller disk, and recovery grows it
+//! again. A second record of the same blocks is harmless. Were the size published first, a kill
+//! before the record would leave a journal that fits and does not know what is new. The old place
+//! counts until a superblock names the new one, whose pages are of the same generation; what was
+//! copied and is not named is cut off by recovery.
+//!
+//! What it does not handle: the disk itself, which is larger, durably, before this is called, and
+//! shows its size to clients only afterwards.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::checkpoint::SetPlace;
+use super::format::{
+    CHECKPOINT_OFFSET_MAX, Operation, PageState, Superblock, VERSION, Version, checkpoint_pages_of,
+    checkpoint_room_of,
+};
+use super::recovery::check_trackable;
+use super::writer::{Journal, Published};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Epoch, Extent};
+use crate::failpoint::{Place, reached};
+
+impl Journal {
+    /// Makes this a journal of a disk of so many bytes, in which everything behind the old end
+    /// counts as changed in `epoch`, the open one. May be repeated.
+    ///
+    /// # Errors
+    ///
+    /// The disk is smaller than the journal says, or too large to be tracked, or the journal cannot
+    /// be written; then it is still one of the smaller disk, unless only the last sync has failed.
+    pub fn grow(&self, disk_size_bytes: u64, epoch: Epoch) -> Result<()> {
+        check_trackable(disk_size_bytes)?;
+        let mut published = self.lock();
+        let before = published.superblock.disk_size_bytes.get();
+        if disk_size_bytes < before {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "Journal {} is for {before} bytes and cannot shrink to {disk_size_bytes}",
+                    self.path().display()
+                ),
+            ));
+        }
+        if disk_size_bytes > before {
+            self.make_room(&mut published, disk_size_bytes)?;
+            reached(Place::GrowAfterRoomBeforeRecord);
+            // The block in which the old end lay is among them.
+            let new = Extent::covering(before, disk_size_bytes - before);
+            self.record(epoch, new, Operation::Write);
+            reached(Place::GrowAfterRecordBeforePublish);
+        }
+        let mut superblock = published.superblock;
+        superblock.disk_size_bytes = disk_size_bytes.into();
+        self.publish(&mut published, superblock);
+        reached(Place::GrowAfterPublishBeforeSync);
+        self.sync_superblock(&published)
+    }
+
+    /// Gives the checkpoint sets room for a disk of so many bytes.
+    fn make_room(&self, published: &mut Published, disk_size_bytes: u64) -> Result<()> {
+        let old = published.superblock;
+        let mut new = old;
+        new.version = (VERSION as u32).into();
+        if checkpoint_pages_of(disk_size_bytes) <= old.checkpoint_pages.get() {
+            if old.version.get() == Version::First as u32 {
+                // A program that knows the first version alone may find a record behind the end.
+                self.publish(published, new);
+                self.sync_superblock(published)?;
+            }
+            return Ok(());
+        }
+        new.checkpoint_offset = old.file_bytes().into();
+        new.checkpoint_pages = checkpoint_room_of(disk_size_bytes).into();
+        let failed = |error| {
+            let path = self.path().display();
+            Error::io(format!("Cannot make room in journal {path}"), error)
+        };
+        if old.file_bytes() > CHECKPOINT_OFFSET_MAX {
+            return Err(failed(io::ErrorKind::FileTooLarge.into()));
+        }
+        copy_sets(&self.file, &old, &new).map_err(failed)?;
+        reached(Place::GrowAfterCopyBeforeSync);
+        self.sync_file(&old)?;
+        self.publish(published, new);
+        self.sync_superblock(published)?;
+        reached(Place::GrowAfterMoveBeforePunch);
+        for set in 0..2 {
+            // Nothing names these pages any more; they only take room.
+            if let Err(errno) = SetPlace::of(&old, set).punch(&self.file) {
+                let path = self.path().display();
+                tracing::warn!("Cannot free the former checkpoints of {path}: {errno}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies the pages of both sets to where a larger superblock has them.
+fn copy_sets(file: &File, old: &Superblock, new: &Superblock) -> io::Result<()> {
+    // What an attempt that failed has left goes first.
+    file.set_len(old.file_bytes())?;
+    file.set_len(new.file_bytes())?;
+    for index in 0..2 {
+        let (from, to) = (SetPlace::of(old, index), SetPlace::of(new, index));
+        let generation = old.sets[index].generation.get();
+        let mut next = 0;
+        while let Some(page) = from.next_page(file, next)? {
+            let (bytes, state) = from.read_page(file, page, generation)?;
+            // A damaged page stays one: all its blocks go on to count.
+            if state != PageState::Foreign {
+                file.write_all_at(&bytes, to.page_offset(page))?;
+            }
+            next = page + 1;
+        }
+    }
+    Ok(())
+}
