@@ -10,6 +10,7 @@
 
 use std::collections::HashMap;
 
+use crate::nbd::{Client, Failure};
 use crate::seed::mix;
 
 /// Unit of the model in bytes.
@@ -124,6 +125,28 @@ impl Model {
                 self.contested.remove(&sector);
             }
         }
+    }
+
+    /// Has a client make a change, and notes its answer.
+    ///
+    /// # Errors
+    ///
+    /// The client's; whether the change took effect is open then.
+    pub fn change(
+        &mut self,
+        client: &mut Client,
+        change: Change,
+        offset: u64,
+        length_bytes: u64,
+    ) -> Result<(), Failure> {
+        let sent = self.send(change, offset, length_bytes);
+        match change {
+            Change::Write(tag) => client.write(offset, &pattern(tag, offset, length_bytes)),
+            Change::Zero => client.zero(offset, length_bytes as u32),
+            Change::Trim => client.trim(offset, length_bytes as u32),
+        }?;
+        self.answered(&sent);
+        Ok(())
     }
 
     /// The connections are gone: what was not answered has taken effect by now, or never will.

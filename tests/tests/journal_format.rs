@@ -9,8 +9,9 @@ use tracker::journal::format::{
     ALARM_OFFSET, ALARM_WORDS, CHECKPOINT_HEAD_BYTES, CHECKPOINT_PAGE_BLOCKS, COUNTER_MAX,
     CheckpointHead, EPOCH_MAX, FLAG_CLEAN, INTENT_OFFSET, INTENT_TRANSACTIONS, IntentHead, MAGIC,
     PAGE_BYTES, RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE, RING_OFFSET, SetDescriptor,
-    Superblock, VERSION,
+    Superblock, TIME_WORDS, Time, VERSION, encode_time,
 };
+use tracker::journal::{CLOCK_STEP_MS, MARGIN_MS};
 
 fn document() -> String {
     std::fs::read_to_string(workspace().join("docs/journal-format.md")).unwrap()
@@ -137,6 +138,9 @@ fn offsets_are_those_of_the_program() {
     );
     let alarm = &tables(&sections["Alarm"])[0];
     assert_eq!(alarm[ALARM_WORDS].0, ALARM_WORDS * 8);
+    let words = ALARM_WORDS + TIME_WORDS;
+    assert_eq!(alarm.len(), words + 1);
+    assert_eq!(alarm[words].0, words * 8);
 }
 
 #[test]
@@ -162,4 +166,11 @@ fn numbers_are_those_of_the_program() {
     says(format!("slots of the ring: {least} to 2^{most}, "));
     says(format!("from 1 to 2^{} - 1", (EPOCH_MAX + 1).ilog2()));
     says(format!("at most 2^{}.", COUNTER_MAX.ilog2()));
+    let bias = encode_time(Time(0)) & EPOCH_MAX;
+    says(format!(
+        "milliseconds since the beginning of 1970 and 2^{},",
+        bias.ilog2()
+    ));
+    says(format!("to {} s after the later of look", MARGIN_MS / 1000));
+    says(format!("differs by more than {} s |", CLOCK_STEP_MS / 1000));
 }

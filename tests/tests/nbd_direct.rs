@@ -119,14 +119,7 @@ fn step(random: &mut Random, client: &mut Client, model: &mut Model, align: u64,
         }
         _ => Change::Write(tag),
     };
-    let sent = model.send(change, offset, length);
-    match change {
-        Change::Write(tag) => client.write(offset, &pattern(tag, offset, length)),
-        Change::Zero => client.zero(offset, length as u32),
-        Change::Trim => client.trim(offset, length as u32),
-    }
-    .unwrap();
-    model.answered(&sent);
+    model.change(client, change, offset, length).unwrap();
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::chunks::{ChunkClient, committed_cut};
-use tests::model::{Change, Model, SECTOR_BYTES, pattern};
+use tests::model::{Change, Model, SECTOR_BYTES};
 use tests::nbd::{Client, Failure};
 use tests::process::{Daemon, Outcome, program, run};
 use tests::seed::Random;
@@ -127,14 +127,7 @@ fn write_along(site: &Site, size_bytes: &AtomicU64, stop: &AtomicBool, model: &m
             1 => Change::Trim,
             _ => Change::Write(tag),
         };
-        let sent = model.send(change, offset, length);
-        match change {
-            Change::Write(tag) => client.write(offset, &pattern(tag, offset, length)),
-            Change::Zero => client.zero(offset, length as u32),
-            Change::Trim => client.trim(offset, length as u32),
-        }
-        .unwrap();
-        model.answered(&sent);
+        model.change(&mut client, change, offset, length).unwrap();
         let read = client.read(offset, length as u32).unwrap();
         model.check(offset, &read).unwrap();
     }
@@ -394,8 +387,9 @@ fn an_image_that_grew_while_no_tracker_served_it_is_noted_and_replicated() {
         let point = cut_after_restart(site);
         check_restore(site, &point, &site.image("disk"));
     }
+    // Somebody else has written to it, so it may be compared at each start.
     let read = bytes_read(site);
-    assert!(read < ODD + MIB, "it was scanned again: {read} bytes");
+    assert!(read < 3 * ODD + MIB, "it was scanned again: {read} bytes");
     check_restore(site, &world.first, &world.copy);
     world.shipper.stop();
     world.tracker.stop();

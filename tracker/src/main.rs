@@ -114,7 +114,7 @@ fn describe(status: &Status) -> String {
     let mut text = format!(
         "tracker {} (process {}), {} workers, {} connections\n\
          engine {}\n\
-         epochs: open {}, closed {closed}, sealed {}, committed {}\n\
+         epochs: open {}, closed {closed}, sealed {}, committed {}, {} merged\n\
          requests: {} reads, {} writes, {} others, {} errors; {} MiB read, {} MiB written\n",
         status.version,
         status.pid,
@@ -124,6 +124,7 @@ fn describe(status: &Status) -> String {
         machine.open,
         machine.sealed,
         machine.committed,
+        machine.epochs_merged,
         engine.reads,
         engine.writes,
         engine.others,
@@ -135,9 +136,13 @@ fn describe(status: &Status) -> String {
         let resync = disk.resync.map_or(String::new(), |epoch| {
             format!(", every block to be checked since epoch {epoch}")
         });
+        let full = disk.ring_full_in_seconds.map_or(String::new(), |seconds| {
+            format!("; without folding the ring is full in {seconds} s")
+        });
         text.push_str(&format!(
             "disk {} at {}: {} bytes, {} blocks changed in the open epoch{resync}\n    \
-             journal {}: ring {} of {} records, {} checkpoint sets\n",
+             journal {}: ring {} of {} records ({}%), {} checkpoint sets\n    \
+             {} records a second, {} folded{full}\n",
             disk.name,
             disk.image.display(),
             disk.size_bytes,
@@ -145,8 +150,14 @@ fn describe(status: &Status) -> String {
             disk.journal.display(),
             disk.ring_used_records,
             disk.ring_capacity_records,
+            disk.ring_fill_percent,
             disk.checkpoint_sets,
+            disk.records_per_second,
+            disk.folded_per_second,
         ));
+        if let Some(change) = &disk.unserved_change {
+            text.push_str(&format!("    found at the start: {change}\n"));
+        }
     }
     text
 }

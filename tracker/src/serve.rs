@@ -4,8 +4,9 @@
 //! connect only when everything behind the socket works.
 //!
 //! Order at a clean stop (SIGTERM, SIGINT): sockets, so that nobody new comes; workers, which
-//! finish and answer what is in flight; journals, marked clean after a sync. SIGKILL at any moment
-//! of this leaves journals that are recovered as after a crash.
+//! finish and answer what is in flight; disks, synced, and their last times kept; journals, marked
+//! clean after a sync. SIGKILL at any moment of this leaves journals that are recovered as after a
+//! crash.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -123,9 +124,8 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
 
     let (control, listeners) = open_sockets(options, activated)?;
     let description = describe(options, &control, &listeners);
-    let stopping = Arc::new(AtomicBool::new(false));
-    let maintenance = start_maintenance(&machine, &house.engine, &stopping)?;
-    let control = start_control(control, &machine, &house.engine, disks)?;
+    let upkeep = start_upkeep(&machine, &house.engine, &disks)?;
+    let control = start_control(control, &machine, &house.engine, disks.clone())?;
     let mut doors = Vec::new();
     for listener in listeners {
         doors.push(start_door(listener, &house)?);
@@ -140,11 +140,7 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
     for door in doors.into_iter().chain([control]) {
         door.close();
     }
-    stopping.store(true, Ordering::Release);
-    maintenance.thread().unpark();
-    let maintained = maintenance
-        .join()
-        .unwrap_or_else(|_| Err(Error::new(ErrorKind::State, "The maintenance panicked")));
+    let maintained = upkeep.end();
     let stopped = house.engine.stop();
     if failed && stopped.is_ok() {
         return Err(Error::new(
@@ -153,12 +149,33 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
         ));
     }
     let deadline = Instant::now() + RELAYS_DEADLINE;
-    let closed = stopped.and(maintained).and_then(|()| machine.close());
+    let closed = stopped
+        .and(maintained)
+        .and_then(|()| close(&machine, &disks));
     // They deliver while the journals are closed.
     if !house.relays.wait(deadline) {
         tracing::warn!("A client over TLS did not take its last replies");
     }
     closed
+}
+
+/// Syncs the disks, so that the journals do not say of anything that it has not changed while a power
+/// cut may still undo it, and closes the journals.
+fn close(machine: &Machine, disks: &[Arc<Disk>]) -> Result<()> {
+    let mut synced = Ok(());
+    for (index, disk) in disks.iter().enumerate() {
+        if machine.journal_path(index).is_none() {
+            continue;
+        }
+        if let Err(error) = disk.sync() {
+            machine.mark_suspect(index, "its last sync failed")?;
+            synced = synced.and(Err(error));
+        }
+        if let Some(seen) = disk.moment()? {
+            machine.keep_time(index, seen);
+        }
+    }
+    synced.and(machine.close())
 }
 
 fn open_encryption(options: &ServeOptions) -> Result<Encryption> {
@@ -188,19 +205,19 @@ fn open_disks(options: &ServeOptions) -> Result<Vec<Arc<Disk>>> {
 }
 
 fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machine>> {
-    let specs = disks
-        .iter()
-        .map(|disk| DiskSpec {
+    let spec = |disk: &Arc<Disk>| {
+        Ok(DiskSpec {
             name: disk.name().to_owned(),
             // Whoever is told of them may stand in another folder.
             image: absolute(disk.path()),
             journal: absolute(&journal_path(options, disk)),
             size_bytes: disk.size_bytes(),
             identity: disk.identity(),
+            seen: disk.moment()?,
         })
-        .collect();
+    };
     let (machine, reports) = Machine::open(
-        specs,
+        disks.iter().map(spec).collect::<Result<_>>()?,
         &MachineOptions {
             workers: options.workers,
             ring_bytes: options.ring_bytes,
@@ -209,7 +226,10 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
         },
     )?;
     for report in reports {
-        tracing::info!("{report}");
+        match report.suspicion {
+            Some(_) => tracing::warn!("{report}"),
+            None => tracing::info!("{report}"),
+        }
     }
     Ok(Arc::new(machine))
 }
@@ -436,6 +456,64 @@ fn start_control(
         server::serve(&accept, &context);
     })
     .map(|thread| Door { listener, thread })
+}
+
+/// Threads that work while the disks are served, until they are told to end.
+struct Upkeep {
+    stopping: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<Result<()>>>,
+}
+
+impl Upkeep {
+    /// Returns the first error.
+    fn end(self) -> Result<()> {
+        self.stopping.store(true, Ordering::Release);
+        let mut result = Ok(());
+        for thread in self.threads {
+            thread.thread().unpark();
+            let ended = thread
+                .join()
+                .unwrap_or_else(|_| Err(Error::new(ErrorKind::State, "The maintenance panicked")));
+            result = result.and(ended);
+        }
+        result
+    }
+}
+
+fn start_upkeep(
+    machine: &Arc<Machine>,
+    engine: &Arc<Engine>,
+    disks: &[Arc<Disk>],
+) -> Result<Upkeep> {
+    let stopping = Arc::default();
+    let threads = vec![
+        start_maintenance(machine, engine, &stopping)?,
+        start_looking(machine, disks, &stopping)?,
+    ];
+    Ok(Upkeep { stopping, threads })
+}
+
+/// Keeps the times of the disks in their journals. A thread of its own, because the maintenance may
+/// stand in a sync for longer than a disk may be newer than the last look at it.
+fn start_looking(
+    machine: &Arc<Machine>,
+    disks: &[Arc<Disk>],
+    stopping: &Arc<AtomicBool>,
+) -> Result<std::thread::JoinHandle<Result<()>>> {
+    let (machine, disks) = (Arc::clone(machine), disks.to_vec());
+    let stopping = Arc::clone(stopping);
+    spawn("times", move || {
+        while !stopping.load(Ordering::Acquire) {
+            for (index, disk) in disks.iter().enumerate() {
+                // One that cannot be looked at is compared after a kill.
+                if let Ok(Some(seen)) = disk.moment() {
+                    machine.keep_time(index, seen);
+                }
+            }
+            std::thread::park_timeout(MAINTENANCE_INTERVAL);
+        }
+        Ok(())
+    })
 }
 
 /// Folds and trims the journals while the guest writes, and ends the tracker if a worker dies.

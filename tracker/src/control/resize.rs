@@ -33,6 +33,7 @@ pub(super) fn resize(
         return Err(Error::new(ErrorKind::State, what));
     }
     let before_bytes = disk.size_bytes();
+    machine.stir(index);
     let size_bytes = disk.prepare_size(wanted)?;
     if size_bytes > before_bytes {
         reached(Place::ResizeAfterFileBeforeJournal);
@@ -80,6 +81,7 @@ mod tests {
             size_bytes: disk.size_bytes(),
             // That of a copy would be another.
             identity: [1; 16],
+            seen: None,
         };
         let options = MachineOptions {
             workers: 1,

@@ -44,11 +44,7 @@ impl Disk {
                 )
             })?;
         }
-        self.file.sync_all().map_err(|error| {
-            // The kernel tells of a failed sync once; the next FLUSH of a guest must know of it.
-            self.set_sync_failed();
-            Error::io(format!("Cannot sync disk {}", self.path.display()), error)
-        })?;
+        self.sync()?;
         Ok(bytes)
     }
 

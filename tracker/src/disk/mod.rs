@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::journal::Moment;
+use crate::journal::format::Time;
 use crate::lock::lock_exclusive;
 
 /// Sizes of disks are multiples of this many bytes.
@@ -217,6 +219,37 @@ impl Disk {
     /// A sync has nothing to wait for, and is made by the worker itself.
     pub fn syncs_at_once(&self) -> bool {
         self.volatile
+    }
+
+    /// Its times at this moment; `None` for a device, whose node bears those of other things.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be found out.
+    pub fn moment(&self) -> Result<Option<Moment>> {
+        if self.kind == DiskKind::Device {
+            return Ok(None);
+        }
+        let metadata = self.file.metadata().map_err(|error| {
+            let shown = self.path.display();
+            Error::io(format!("Cannot find the time of disk {shown}"), error)
+        })?;
+        let seconds = metadata.mtime().saturating_mul(1000);
+        let modified = seconds.saturating_add(metadata.mtime_nsec() / 1_000_000);
+        Ok(Some(Moment::now(Time(modified))))
+    }
+
+    /// Makes everything durable that was written, and the size.
+    ///
+    /// # Errors
+    ///
+    /// The kernel has lost some of it.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(|error| {
+            // The kernel tells of a failed sync once; the next FLUSH of a guest must know of it.
+            self.set_sync_failed();
+            Error::io(format!("Cannot sync disk {}", self.path.display()), error)
+        })
     }
 
     /// Remembers that a sync failed: the kernel has dropped the pages that it could not write and

@@ -29,6 +29,8 @@ mod clock;
 
 mod filter;
 
+mod rates;
+
 #[cfg(test)]
 mod simulation_tests;
 #[cfg(test)]
@@ -37,7 +39,7 @@ mod tests;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -45,9 +47,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent, blocks_of};
 use crate::failpoint::{Place, reached};
 use crate::journal::state::{EpochState, reconcile};
-use crate::journal::{self, Journal, JournalOptions, RecoveryReport};
+use crate::journal::{self, Journal, JournalOptions, Moment, RecoveryReport};
 use clock::Clock;
 use filter::Filter;
+use rates::{Rates, Sample};
 
 pub use crate::journal::format::Operation;
 
@@ -64,6 +67,8 @@ pub struct DiskSpec {
     pub size_bytes: u64,
     /// What tells it from other disks.
     pub identity: [u8; 16],
+    /// Its times when it is opened; `None` where they mean nothing.
+    pub seen: Option<Moment>,
 }
 
 /// How a machine is opened.
@@ -90,6 +95,9 @@ pub struct MachineStatus {
     pub sealed: Epoch,
     /// The highest epoch that is a recovery point.
     pub committed: Epoch,
+    /// Times that changes of an earlier epoch became those of the open one, since the tracker started.
+    #[serde(default)]
+    pub epochs_merged: u64,
     /// The disks.
     pub disks: Vec<DiskStatus>,
 }
@@ -117,6 +125,17 @@ pub struct DiskStatus {
     pub ring_capacity_records: u64,
     /// Records in the ring.
     pub ring_used_records: u64,
+    /// Records in the ring in percent of those that it takes.
+    #[serde(default)]
+    pub ring_fill_percent: u64,
+    /// Records written in a second, over the last ten.
+    #[serde(default)]
+    pub records_per_second: u64,
+    /// Records folded in a second, over the last ten.
+    #[serde(default)]
+    pub folded_per_second: u64,
+    /// Seconds until the ring is full at this rate, if nothing is folded or committed meanwhile.
+    pub ring_full_in_seconds: Option<u64>,
     /// Checkpoint sets in use, of two.
     pub checkpoint_sets: u64,
     /// Records written since the tracker started.
@@ -125,6 +144,9 @@ pub struct DiskStatus {
     pub records_elided: u64,
     /// Times that records were folded, since the tracker started.
     pub folds: u64,
+    /// How the disk was changed, or may have been, while no tracker served it, as this one found when
+    /// it started.
+    pub unserved_change: Option<String>,
 }
 
 /// One tracked disk.
@@ -136,9 +158,23 @@ struct TrackedDisk {
     /// Filters of even and odd epochs.
     filters: [Filter; 2],
     elided: AtomicU64,
+    unserved_change: Option<String>,
+    started: Instant,
+    rates: Mutex<Rates>,
 }
 
 impl TrackedDisk {
+    /// The counters of the ring at this moment, and what was kept of them.
+    fn sample(&self) -> (Sample, MutexGuard<'_, Rates>) {
+        let sample = Sample {
+            at: self.started.elapsed(),
+            written: self.journal.records_written(),
+            folded: self.journal.records_folded(),
+        };
+        let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        (sample, rates)
+    }
+
     /// Takes over what the journal knows of the open set, as if it had been written since.
     fn remember(&self, open: Epoch, state: &EpochState) -> Result<()> {
         let filter = &self.filters[(open.0 & 1) as usize];
@@ -147,6 +183,7 @@ impl TrackedDisk {
     }
 
     fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) {
+        self.journal.stir();
         let filter = &self.filters[(epoch.0 & 1) as usize];
         if filter.contains(extent) {
             self.elided.fetch_add(1, Ordering::Relaxed);
@@ -163,6 +200,7 @@ pub struct Machine {
     disks: Vec<TrackedDisk>,
     /// Held while watermarks move.
     moving: Mutex<()>,
+    merged: AtomicU64,
 }
 
 impl Machine {
@@ -185,6 +223,7 @@ impl Machine {
                     disk_size_bytes: spec.size_bytes,
                     ring_bytes: options.ring_bytes,
                     rebuild: options.rebuild,
+                    seen: spec.seen,
                 },
             )?;
             let blocks = blocks_of(spec.size_bytes);
@@ -195,6 +234,9 @@ impl Machine {
                 journal,
                 filters,
                 elided: AtomicU64::new(0),
+                started: Instant::now(),
+                rates: Mutex::default(),
+                unserved_change: report.suspicion.map(|suspicion| suspicion.to_string()),
             });
             reports.push(report);
         }
@@ -214,6 +256,7 @@ impl Machine {
                 clock,
                 disks,
                 moving: Mutex::new(()),
+                merged: AtomicU64::new(0),
             },
             reports,
         ))
@@ -311,6 +354,7 @@ impl Machine {
         self.clock.advance(next);
         reached(Place::CutAfterAdvanceBeforeUpdate);
         if !self.clock.drain(closing, drain_timeout) {
+            self.merged.fetch_add(1, Ordering::Relaxed);
             return Err(stuck());
         }
         self.update(|state| {
@@ -348,6 +392,9 @@ impl Machine {
         let closed = self.closed();
         if states.iter().any(|state| state.sealed >= epoch) || closed.is_some_and(|c| c != epoch) {
             return Err(self.not_closed(epoch));
+        }
+        if closed.is_some() {
+            self.merged.fetch_add(1, Ordering::Relaxed);
         }
         self.update(|state| state.closed = None)
     }
@@ -387,6 +434,10 @@ impl Machine {
     /// `Io`: a superblock cannot be synced.
     pub fn revert(&self) -> Result<()> {
         let _moving = self.begin()?;
+        let waits = |state: &EpochState| state.closed.is_some() || state.sealed > state.committed;
+        if self.states().iter().any(waits) {
+            self.merged.fetch_add(1, Ordering::Relaxed);
+        }
         self.update(EpochState::revert)
     }
 
@@ -411,6 +462,21 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// The disk was looked at a moment ago, and had these times. Called often, and a last time when it
+    /// changes no more.
+    pub fn keep_time(&self, disk: usize, seen: Moment) {
+        if let Some(disk) = self.disks.get(disk) {
+            disk.journal.keep_time(seen);
+        }
+    }
+
+    /// The file of the disk is about to be changed otherwise than by a write that is admitted.
+    pub fn stir(&self, disk: usize) {
+        if let Some(disk) = self.disks.get(disk) {
+            disk.journal.stir();
+        }
     }
 
     /// The disk has grown to so many bytes, durably: tracks what is new, and counts it as changed in
@@ -443,6 +509,10 @@ impl Machine {
     ///
     /// A checkpoint cannot be written; coverage is kept all the same.
     pub fn maintain(&self) -> Result<()> {
+        for disk in &self.disks {
+            let (sample, mut rates) = disk.sample();
+            rates.take(sample);
+        }
         self.on_each(Journal::maintain)
     }
 
@@ -455,6 +525,7 @@ impl Machine {
             closed: states.iter().filter_map(|state| state.closed).max(),
             sealed: lowest(|state| state.sealed),
             committed: lowest(|state| state.committed),
+            epochs_merged: self.merged.load(Ordering::Relaxed),
             disks: self
                 .disks
                 .iter()
@@ -468,6 +539,9 @@ impl Machine {
         let open = self.clock.open();
         let count = |epoch: Epoch| disk.filters[(epoch.0 & 1) as usize].count();
         let ring = disk.journal.ring();
+        let (capacity, used) = (ring.capacity(), ring.used());
+        let (sample, rates) = disk.sample();
+        let rate = rates.up_to(sample);
         DiskStatus {
             name: disk.spec.name.clone(),
             image: disk.spec.image.clone(),
@@ -477,12 +551,17 @@ impl Machine {
             resync: state.resync,
             open_dirty_blocks: count(open),
             closed_dirty_blocks: state.closed.map_or(0, count),
-            ring_capacity_records: ring.capacity(),
-            ring_used_records: ring.used(),
+            ring_capacity_records: capacity,
+            ring_used_records: used,
+            ring_fill_percent: used * 100 / capacity,
+            records_per_second: rate.written,
+            folded_per_second: rate.folded,
+            ring_full_in_seconds: rate.seconds_until(capacity.saturating_sub(used)),
             checkpoint_sets: disk.journal.sets_in_use(),
             records_written: disk.journal.records_written(),
             records_elided: disk.elided.load(Ordering::Relaxed),
             folds: disk.journal.folds(),
+            unserved_change: disk.unserved_change.clone(),
         }
     }
 
@@ -497,7 +576,8 @@ impl Machine {
         Some(&self.disks.get(disk)?.spec.journal)
     }
 
-    /// Syncs all journals and marks them clean. No write may be admitted any more.
+    /// Syncs all journals and marks them clean. No write may be admitted any more, the disks have been
+    /// synced, and their last times are kept.
     ///
     /// # Errors
     ///

@@ -37,6 +37,7 @@ fn open(folder: &Path, ring_bytes: u64, sizes: [u64; DISKS]) -> Machine {
         journal: journal_path(folder, disk),
         size_bytes: sizes[disk],
         identity: [1; 16],
+        seen: None,
     });
     let options = MachineOptions {
         workers: 4,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::extent::BLOCK_SIZE;
-use crate::journal::format::EPOCH_MAX;
+use crate::journal::format::{EPOCH_MAX, Time};
 use crate::journal::reader::JournalReader;
 
 const SHORT: Duration = Duration::from_millis(1);
@@ -18,6 +18,7 @@ fn machine(folder: &Path, names: &[&str]) -> Machine {
         journal: folder.join(format!("{name}.hrl")),
         size_bytes: BLOCKS * BLOCK_SIZE,
         identity: [1; 16],
+        seen: None,
     });
     let options = MachineOptions {
         workers: 4,
@@ -186,4 +187,27 @@ fn a_cut_that_gives_up_waiting_is_made_up_for_by_the_next() {
     change(&machine, 0, 9);
     let dirty = reader.dirty(closed, machine.status().open).unwrap();
     assert_eq!(dirty.block_count().unwrap(), 1);
+}
+
+#[test]
+fn every_write_leaves_its_time_also_one_that_needs_no_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a"]);
+    let stirred = || {
+        let mut text = Vec::new();
+        journal::dump(&machine.disks[0].spec.journal, &mut text).unwrap();
+        String::from_utf8(text).unwrap().contains("written since")
+    };
+    let look = || machine.keep_time(0, Moment::now(Time(7)));
+    look();
+    assert!(!stirred());
+    for _ in 0..3 {
+        change(&machine, 0, 5);
+        assert!(stirred());
+        look();
+        assert!(!stirred());
+    }
+    assert_eq!(machine.status().disks[0].records_elided, 2);
+    machine.stir(0);
+    assert!(stirred());
 }

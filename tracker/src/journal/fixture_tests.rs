@@ -7,15 +7,22 @@ use std::fmt::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::format::{Operation, Version};
+use super::format::{Operation, Time, Version};
 use super::reader::JournalReader;
 use super::state::EpochState;
-use super::{Found, JournalOptions, open, verify};
+use super::{Found, JournalOptions, Moment, Suspicion, open, verify};
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
 
 const VERSIONS: [Version; 2] = [Version::First, Version::Second];
 const BLOCKS: u64 = 256;
 const LINE_BYTES: usize = 32;
+
+/// The disk as the fixtures know it, those that keep times.
+const SEEN: Moment = Moment {
+    modified: Time(1_795_550_000_123),
+    looked: Time(1_795_550_000_200),
+    booted: Time(1_795_000_000_000),
+};
 
 fn options() -> JournalOptions {
     JournalOptions {
@@ -23,6 +30,7 @@ fn options() -> JournalOptions {
         disk_size_bytes: BLOCKS * BLOCK_SIZE,
         ring_bytes: 16 << 10,
         rebuild: false,
+        seen: Some(SEEN),
     }
 }
 
@@ -107,8 +115,39 @@ fn every_version_still_opens_and_tells_the_same() {
         let (journal, report) = open(&path, &options()).unwrap();
         // It was closed cleanly, so it counts in every boot.
         assert_eq!((report.found, report.holes), (Found::Clean, 0));
+        assert_eq!(report.suspicion, None);
         assert_eq!(journal.state(), expected_state());
         check(&path);
+    }
+}
+
+#[test]
+fn a_disk_written_since_is_found_by_the_versions_that_keep_times() {
+    let modified = Time(SEEN.modified.0 + 1);
+    let written = JournalOptions {
+        seen: Some(Moment { modified, ..SEEN }),
+        ..options()
+    };
+    let known = SEEN.modified;
+    for (version, expected) in [
+        (Version::First, None),
+        (
+            Version::Second,
+            Some(Suspicion::Written { modified, known }),
+        ),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.hrl");
+        decode(fixture_of(version), &path);
+        let (journal, report) = open(&path, &written).unwrap();
+        assert_eq!(report.suspicion, expected, "{version:?}");
+        let state = EpochState {
+            closed: None,
+            resync: Some(Epoch(5)),
+            ..expected_state()
+        };
+        let expected_state = expected.map_or(expected_state(), |_| state);
+        assert_eq!(journal.state(), expected_state, "{version:?}");
     }
 }
 

@@ -20,6 +20,9 @@ pub const ALARM_OFFSET: u64 = 2 * PAGE_BYTES as u64;
 /// Words of the alarm, at the beginning of its page: one for even epochs, one for odd ones, and the
 /// latest epoch in which it was raised.
 pub const ALARM_WORDS: usize = 3;
+/// Words behind the alarm that keep times of the disk: its last modification, the last look at it,
+/// the boot of the machine, and the first write since the look.
+pub const TIME_WORDS: usize = 4;
 /// Offset of the intent log.
 pub const INTENT_OFFSET: u64 = 3 * PAGE_BYTES as u64;
 /// Transactions of the intent log.
@@ -438,7 +441,7 @@ pub fn encode_alarm(epoch: Epoch) -> u64 {
     low | (xxh3_64(&low.to_le_bytes()) >> 48) << 48
 }
 
-/// The alarm word contradicts its own check.
+/// A word of the alarm or of a time contradicts its own check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AlarmDamaged;
 
@@ -453,6 +456,38 @@ pub fn decode_alarm(word: u64) -> Result<Option<Epoch>, AlarmDamaged> {
         word if encode_alarm(Epoch(word & EPOCH_MAX)) == word => Ok(Some(Epoch(word & EPOCH_MAX))),
         _ => Err(AlarmDamaged),
     }
+}
+
+/// Milliseconds since the beginning of 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time(pub i64);
+
+impl std::fmt::Display for Time {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match jiff::Timestamp::from_millisecond(self.0) {
+            Ok(time) => time.fmt(f),
+            Err(_beyond_the_calendar) => write!(f, "{} ms", self.0),
+        }
+    }
+}
+
+/// What is added to a time, so that its word is above zero.
+const TIME_BIAS: i64 = 1 << 47;
+
+/// A word of a time: the time and 2^47 as an epoch is encoded in the alarm. Times that do not fit
+/// become the first or the last that does.
+pub fn encode_time(time: Time) -> u64 {
+    let biased = time.0.saturating_add(TIME_BIAS);
+    encode_alarm(Epoch(biased.clamp(1, EPOCH_MAX as i64) as u64))
+}
+
+/// Reads a word of a time; `None` if it is not set.
+///
+/// # Errors
+///
+/// It is damaged.
+pub fn decode_time(word: u64) -> Result<Option<Time>, AlarmDamaged> {
+    decode_alarm(word).map(|time| time.map(|Epoch(biased)| Time(biased as i64 - TIME_BIAS)))
 }
 
 /// Head of a transaction of the intent log (reserved; all zeroes in this version of the program).
@@ -517,6 +552,28 @@ mod tests {
             let word = encode_alarm(Epoch(epoch)) ^ u64::from(change) << (byte * 8);
             prop_assert_ne!(decode_alarm(word), Ok(None));
         }
+    }
+
+    #[test]
+    fn times_survive_and_those_that_do_not_fit_become_the_nearest() {
+        let (first, last) = (1 - TIME_BIAS, TIME_BIAS - 1);
+        for time in [0, 1, -1, 1_795_553_640_123, first, last] {
+            assert_eq!(decode_time(encode_time(Time(time))), Ok(Some(Time(time))));
+        }
+        for (beyond, nearest) in [
+            (i64::MIN, first),
+            (first - 1, first),
+            (last + 1, last),
+            (i64::MAX, last),
+        ] {
+            assert_eq!(
+                decode_time(encode_time(Time(beyond))),
+                Ok(Some(Time(nearest)))
+            );
+        }
+        assert_eq!(decode_time(0), Ok(None));
+        assert_eq!(Time(1_000).to_string(), "1970-01-01T00:00:01Z");
+        assert_eq!(Time(i64::MAX).to_string(), "9223372036854775807 ms");
     }
 
     #[test]

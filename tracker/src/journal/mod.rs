@@ -15,6 +15,8 @@ mod alarm;
 
 mod checkpoint;
 
+mod witness;
+
 mod writer;
 
 mod growth;
@@ -37,4 +39,5 @@ mod tests;
 pub use mapping::LazyWords;
 pub use recovery::{Found, JournalOptions, RecoveryReport, open};
 pub use verify::{VerifyReport, dump, verify};
+pub use witness::{CLOCK_STEP_MS, MARGIN_MS, Moment, Suspicion};
 pub use writer::Journal;

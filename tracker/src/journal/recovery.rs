@@ -7,11 +7,13 @@
 //! |---|---|
 //! | no file | a new journal; every block counts as changed |
 //! | same boot, or closed cleanly | ring and checkpoint are the truth |
+//! | the same, and somebody else wrote to the disk | the same, but none stays closed, every block counts as changed |
 //! | another boot, not closed | watermarks are kept, every block counts as changed |
 //! | any of these, for a smaller disk | the same, then it is grown: what is new counts as changed |
 //! | damage, another or a smaller disk, cut short, a future version | refused, with the way out |
 //!
-//! What it does not handle: a disk that was changed while no tracker served it, unless it has grown.
+//! Whether somebody else wrote to the disk is told by its times, see `witness`. New times are kept only
+//! after a superblock says that every block counts as changed, so that a kill in between loses nothing.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -33,6 +35,7 @@ use super::head::{map_checked, read_superblock};
 use super::mapping::SharedWords;
 use super::ring::read_slot;
 use super::state::EpochState;
+use super::witness::{Moment, Suspicion, Witness, judge};
 use super::writer::{Journal, distrusted};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{BLOCK_SIZE, Epoch, blocks_of};
@@ -53,6 +56,8 @@ pub struct JournalOptions {
     pub ring_bytes: u64,
     /// Set an existing journal aside.
     pub rebuild: bool,
+    /// The disk's times; `None` where they mean nothing.
+    pub seen: Option<Moment>,
 }
 
 /// What was found.
@@ -81,6 +86,8 @@ pub struct RecoveryReport {
     pub holes: u64,
     /// Size of the disk that the journal was for, where the disk has grown since.
     pub grown_from_bytes: Option<u64>,
+    /// Somebody else has written to the disk, or may have.
+    pub suspicion: Option<Suspicion>,
 }
 
 impl fmt::Display for RecoveryReport {
@@ -109,11 +116,14 @@ impl fmt::Display for RecoveryReport {
                  as changed"
             ),
         }?;
-        match self.grown_from_bytes {
-            Some(bytes) => write!(
+        if let Some(bytes) = self.grown_from_bytes {
+            write!(
                 f,
                 "; the disk has grown from {bytes} bytes, what is new counts as changed"
-            ),
+            )?;
+        }
+        match self.suspicion {
+            Some(suspicion) => write!(f, "; {suspicion}: every block counts as changed"),
             None => Ok(()),
         }
     }
@@ -373,27 +383,22 @@ fn recover(
         records: 0,
         holes: 0,
         grown_from_bytes: None,
+        suspicion: None,
     };
     let mut holes = Vec::new();
     let mut head = superblock.ring_tail.get();
     if clean || same_boot {
         report.found = if clean { Found::Clean } else { Found::Killed };
-        let alarms = read_alarm(path, &words)?;
         let scan = scan(path, &words, &superblock)?;
         head = scan.head;
         report.records = scan.records.len() as u64;
-        let mut expected = superblock.ring_tail.get();
-        for record in &scan.records {
-            holes.extend(expected..record.sequence);
-            expected = record.sequence + 1;
-            state.open = state.open.max(record.epoch);
+        let known = Known::of(&superblock, &scan, read_alarm(path, &words)?);
+        state.open = state.open.max(known.newest);
+        holes = known.holes;
+        report.suspicion = judge(Witness::of(&words).read(), clean, options.seen);
+        if report.suspicion.is_some() {
+            state.distrust();
         }
-        // A cut that was under way had opened an epoch that no superblock tells of.
-        let folded = superblock.sets.map(|set| Epoch(set.highest_epoch.get()));
-        state.open = alarms
-            .into_iter()
-            .chain(folded)
-            .fold(state.open, Epoch::max);
     } else {
         report.found = Found::Rebooted;
         head = distrust_everything(path, &file, &words, &mut superblock, head)?;
@@ -419,7 +424,37 @@ fn recover(
         journal.grow(options.disk_size_bytes, journal.watermarks().open)?;
         report.grown_from_bytes = Some(known_bytes);
     }
+    if let Some(seen) = options.seen {
+        journal.keep_time(seen);
+    }
     Ok((journal, report))
+}
+
+/// What ring, alarm and checkpoint sets tell beyond the superblock.
+struct Known {
+    /// The newest epoch that any of them names. A cut that was under way had opened an epoch that no
+    /// superblock tells of.
+    newest: Epoch,
+    /// Sequences of slots that were claimed and not written.
+    holes: Vec<u64>,
+}
+
+impl Known {
+    fn of(superblock: &Superblock, scan: &Scan, alarms: Vec<Epoch>) -> Self {
+        let mut holes = Vec::new();
+        let mut expected = superblock.ring_tail.get();
+        for record in &scan.records {
+            holes.extend(expected..record.sequence);
+            expected = record.sequence + 1;
+        }
+        let recorded = scan.records.iter().map(|record| record.epoch);
+        let folded = superblock.sets.map(|set| Epoch(set.highest_epoch.get()));
+        let newest = recorded.chain(alarms).chain(folded).max();
+        Self {
+            newest: newest.unwrap_or_default(),
+            holes,
+        }
+    }
 }
 
 /// Cuts off what a growth that did not come to its end has put behind the checkpoint sets.

@@ -41,6 +41,7 @@ fn options(disk_size_bytes: u64) -> JournalOptions {
         disk_size_bytes,
         ring_bytes: RING_BYTES,
         rebuild: false,
+        seen: None,
     }
 }
 

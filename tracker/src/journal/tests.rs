@@ -1,18 +1,20 @@
 //! Tests of single behaviours of a journal as a whole.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use zerocopy::IntoBytes;
 
 use super::format::{
-    CHECKPOINT_PAGE_BLOCKS, FLAG_CLEAN, Operation, PAGE_BYTES, RECORD_BYTES, RING_OFFSET,
-    Superblock,
+    ALARM_OFFSET, ALARM_WORDS, CHECKPOINT_PAGE_BLOCKS, FLAG_CLEAN, Operation, PAGE_BYTES,
+    RECORD_BYTES, RING_OFFSET, Superblock, TIME_WORDS, Time,
 };
 use super::reader::JournalReader;
 use super::state::EpochState;
-use super::{Found, Journal, JournalOptions, open};
+use super::{Found, Journal, JournalOptions, Moment, RecoveryReport, Suspicion, open};
 use crate::error::ErrorKind;
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
 use crate::failpoint::{Place, watching};
@@ -27,6 +29,7 @@ fn options() -> JournalOptions {
         disk_size_bytes: BLOCKS * BLOCK_SIZE,
         ring_bytes: RING_BYTES,
         rebuild: false,
+        seen: None,
     }
 }
 
@@ -429,4 +432,170 @@ fn a_growth_that_finds_no_room_in_the_ring_makes_every_block_count() {
     journal.grow(2 * BLOCKS * BLOCK_SIZE, Epoch(3)).unwrap();
     let reader = JournalReader::open(&path).unwrap();
     assert!(reader.dirty(Epoch(2), Epoch(3)).unwrap().all());
+}
+
+/// A disk that was last modified at this time.
+fn seen(modified: i64) -> Moment {
+    Moment::now(Time(modified))
+}
+
+fn open_seen(path: &Path, modified: i64) -> (Journal, RecoveryReport) {
+    let options = JournalOptions {
+        seen: Some(seen(modified)),
+        ..options()
+    };
+    open(path, &options).unwrap()
+}
+
+fn dump(path: &Path) -> String {
+    let mut text = Vec::new();
+    super::dump(path, &mut text).unwrap();
+    String::from_utf8(text).unwrap()
+}
+
+/// A journal past its first epoch with epoch 2 closed, for a disk last modified at 1000.
+fn watched_journal(folder: &tempfile::TempDir) -> (PathBuf, Journal) {
+    let path = folder.path().join("disk.hrl");
+    let (journal, report) = open_seen(&path, 1000);
+    assert_eq!((report.found, report.suspicion), (Found::New(None), None));
+    past_first_epoch(&journal);
+    write(&journal, 2, 5, 1);
+    journal.update(|state| state.cut(Epoch(3))).unwrap();
+    (path, journal)
+}
+
+#[test]
+fn a_disk_put_back_counts_as_changed_until_that_is_committed() {
+    let folder = tempfile::tempdir().unwrap();
+    for closed in [true, false] {
+        let (path, journal) = watched_journal(&folder);
+        if closed {
+            journal.close().unwrap();
+        }
+        drop(journal);
+        let (journal, report) = open_seen(&path, 999);
+        let (modified, known) = (Time(999), Time(1000));
+        let expected = Suspicion::PutBack { modified, known };
+        assert_eq!(report.suspicion, Some(expected));
+        assert!(
+            report.to_string().contains("every block counts"),
+            "{report}"
+        );
+        // What was closed was not captured; it would be of two minds.
+        let state = journal.state();
+        assert_eq!((state.closed, state.resync), (None, Some(Epoch(3))));
+        // Found once, it stays so, although the time is as it is known now.
+        drop(journal);
+        let (journal, report) = open_seen(&path, 999);
+        assert_eq!(report.suspicion, None);
+        assert_eq!(journal.state().resync, Some(Epoch(3)));
+        journal.update(|state| state.cut(Epoch(4))).unwrap();
+        journal.update(|state| state.commit(Epoch(3))).unwrap();
+        drop(journal);
+        let (journal, report) = open_seen(&path, 999);
+        assert_eq!((report.suspicion, journal.state().resync), (None, None));
+        drop(journal);
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
+fn a_kill_at_any_place_of_the_start_does_not_lose_what_was_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = watched_journal(&folder);
+    journal.ring().claim();
+    drop(journal);
+    let moment = folder.path().join("moment.hrl");
+    let images = Rc::new(RefCell::new(Vec::new()));
+    let (kept, watched) = (Rc::clone(&images), path.clone());
+    let keep = move |place| {
+        kept.borrow_mut()
+            .push((place, std::fs::read(&watched).unwrap()))
+    };
+    let (journal, _) = watching(keep, || open_seen(&path, 999));
+    drop(journal);
+    assert!(images.borrow().len() > 5);
+    for (place, image) in images.take() {
+        std::fs::write(&moment, image).unwrap();
+        let (journal, _) = open_seen(&moment, 999);
+        assert_eq!(journal.state().resync, Some(Epoch(3)), "{place:?}");
+    }
+}
+
+#[test]
+fn a_flipped_byte_of_a_time_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = watched_journal(&folder);
+    journal.stir();
+    assert!(dump(&path).contains("written since then"));
+    drop(journal);
+    let image = std::fs::read(&path).unwrap();
+    let first = ALARM_OFFSET as usize + 8 * ALARM_WORDS;
+    for place in first..first + 8 * TIME_WORDS {
+        let mut flipped = image.clone();
+        flipped[place] ^= (place % 255 + 1) as u8;
+        std::fs::write(&path, flipped).unwrap();
+        let report = super::verify(&path).unwrap();
+        assert!(report.problems[0].contains("is damaged"), "byte {place}");
+        assert!(dump(&path).contains("a time of the disk, is damaged"));
+        let (journal, report) = open_seen(&path, 1000);
+        assert_eq!(report.suspicion, Some(Suspicion::Damaged), "byte {place}");
+        assert_eq!(journal.state().resync, Some(Epoch(3)));
+        // Opening has put it right.
+        assert!(super::verify(&path).unwrap().problems.is_empty());
+    }
+}
+
+#[test]
+fn a_journal_that_keeps_no_times_goes_on_as_before_and_keeps_them_then() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = watched_journal(&folder);
+    journal.close().unwrap();
+    drop(journal);
+    let mut image = std::fs::read(&path).unwrap();
+    let first = ALARM_OFFSET as usize + 8 * ALARM_WORDS;
+    image[first..first + 8 * TIME_WORDS].fill(0);
+    std::fs::write(&path, image).unwrap();
+    assert!(dump(&path).contains("no time of the disk is kept"));
+    let (journal, report) = open_seen(&path, 7);
+    assert_eq!((report.suspicion, journal.state().resync), (None, None));
+    drop(journal);
+    assert!(dump(&path).contains("disk of 1970-01-01T00:00:00.007Z"));
+    let (_, report) = open_seen(&path, 6);
+    assert!(report.suspicion.is_some());
+}
+
+#[test]
+fn a_look_is_kept_only_where_it_tells_something_new() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = watched_journal(&folder);
+    let words = || {
+        let image = std::fs::read(&path).unwrap();
+        let first = ALARM_OFFSET as usize + 8 * ALARM_WORDS;
+        image[first..first + 8 * TIME_WORDS].to_vec()
+    };
+    let at = |modified: i64, later: i64, set: i64| {
+        let seen = seen(modified);
+        journal.keep_time(Moment {
+            modified: seen.modified,
+            looked: Time(seen.looked.0 + later),
+            booted: Time(seen.booted.0 + set),
+        });
+        words()
+    };
+    let before = words();
+    assert_eq!(at(1000, 10_000, 0), before, "an idle disk costs no store");
+    let modified = at(1001, 20_000, 0);
+    assert_ne!(modified, before);
+    assert_eq!(at(1001, 30_000, 0), modified);
+    journal.stir();
+    let stirred = words();
+    assert_ne!(stirred, modified);
+    journal.stir();
+    assert_eq!(words(), stirred, "only the first write leaves its time");
+    let looked = at(1001, 40_000, 0);
+    assert_eq!(looked[24..], [0; 8]);
+    let set = at(1001, 50_000, -3_600_000);
+    assert_ne!(set, looked, "the clock was set");
+    assert_eq!(at(1001, 60_000, -3_600_000), set);
 }

@@ -8,13 +8,14 @@ use std::sync::atomic::Ordering;
 use super::checkpoint::SetPlace;
 use super::format::{
     ALARM_OFFSET, ALARM_WORDS, FLAG_CLEAN, PAGE_BYTES, PageState, RECORD_BYTES, RING_OFFSET, Slot,
-    Superblock, SuperblockFault, decode_alarm,
+    Superblock, SuperblockFault, TIME_WORDS, decode_alarm,
 };
 use super::head::{decode_superblocks, map_checked};
 use super::mapping::SharedWords;
 use super::recovery::{read_alarm, scan_live};
 use super::ring::read_slot;
 use super::state::EpochState;
+use super::witness::{Note, Witness};
 use crate::error::{Error, Result};
 use crate::extent::Epoch;
 
@@ -64,7 +65,7 @@ pub fn verify(path: &Path) -> Result<VerifyReport> {
     let alarm_words = &words.words()[ALARM_OFFSET as usize / 8..RING_OFFSET as usize / 8];
     for (index, word) in alarm_words.iter().enumerate() {
         let word = word.load(Ordering::Acquire);
-        let whole = if index < ALARM_WORDS {
+        let whole = if index < ALARM_WORDS + TIME_WORDS {
             decode_alarm(word).is_ok()
         } else {
             word == 0
@@ -159,7 +160,9 @@ pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
     let (words, _, _) = map_checked(path, &file, false, None)?;
     let (superblock, scan) = scan_live(path, &words)?;
     let alarms = read_alarm(path, &words)?;
-    match print(out, &superblock, &alarms, &scan.records) {
+    let printed = print(out, &superblock, &alarms, &scan.records)
+        .and_then(|()| print_times(out, Witness::of(&words).read()));
+    match printed {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::io("Cannot print the journal", error))
         }
@@ -223,4 +226,28 @@ fn print(
         )?;
     }
     Ok(())
+}
+
+fn print_times(
+    out: &mut dyn Write,
+    kept: std::result::Result<Option<Note>, u64>,
+) -> std::io::Result<()> {
+    match kept {
+        Ok(Some(Note { seen, stirred })) => {
+            writeln!(
+                out,
+                "disk of {}, looked at {}, machine booted {}",
+                seen.modified, seen.looked, seen.booted
+            )?;
+            match stirred {
+                Some(time) => writeln!(out, "written since then, first at {time}"),
+                None => Ok(()),
+            }
+        }
+        Ok(None) => writeln!(out, "no time of the disk is kept"),
+        Err(offset) => writeln!(
+            out,
+            "the word at offset {offset}, a time of the disk, is damaged"
+        ),
+    }
 }

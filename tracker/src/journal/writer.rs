@@ -34,6 +34,7 @@ use super::format::{
 use super::mapping::SharedWords;
 use super::ring::Ring;
 use super::state::EpochState;
+use super::witness::{Moment, Witness};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent};
 use crate::failpoint::{Place, reached};
@@ -61,6 +62,7 @@ pub struct Journal {
     published: Mutex<Published>,
     sync_failed: AtomicBool,
     folds: AtomicU64,
+    folded: AtomicU64,
     written: AtomicU64,
     #[cfg(test)]
     failing: AtomicBool,
@@ -91,6 +93,7 @@ impl Journal {
             published: Mutex::new(Published { superblock, copy }),
             sync_failed: AtomicBool::new(false),
             folds: AtomicU64::new(0),
+            folded: AtomicU64::new(0),
             written: AtomicU64::new(0),
             #[cfg(test)]
             failing: AtomicBool::new(false),
@@ -110,6 +113,11 @@ impl Journal {
     /// Times that records were folded since the journal was opened.
     pub fn folds(&self) -> u64 {
         self.folds.load(Ordering::Relaxed)
+    }
+
+    /// Records folded since the journal was opened.
+    pub fn records_folded(&self) -> u64 {
+        self.folded.load(Ordering::Relaxed)
     }
 
     /// Records written since the journal was opened.
@@ -143,6 +151,16 @@ impl Journal {
             self.written.fetch_add(1, Ordering::Relaxed);
             first_block += block_count;
         }
+    }
+
+    /// The disk is about to change. Called before that is recorded, or submitted without a record.
+    pub fn stir(&self) {
+        Witness::of(&self.words).stir();
+    }
+
+    /// Keeps the disk's times as they were when they were looked at a moment ago.
+    pub fn keep_time(&self, seen: Moment) {
+        Witness::of(&self.words).keep(seen);
     }
 
     /// Makes every block count as changed as of this epoch.
@@ -436,6 +454,7 @@ impl Journal {
         reached(Place::FoldAfterPublishBeforeTail);
         self.ring.set_tail(tail);
         self.folds.fetch_add(1, Ordering::Relaxed);
+        self.folded.fetch_add(tail - start, Ordering::Relaxed);
         self.sync_superblock(published)?;
         Ok(tail - start)
     }
@@ -453,7 +472,8 @@ impl Journal {
         folding.write(&self.file, place, set)
     }
 
-    /// Syncs everything and marks the journal clean. Nothing may be recorded any more.
+    /// Syncs everything and marks the journal clean. Nothing may be recorded any more, the disk has
+    /// been synced, and its last times are kept.
     ///
     /// # Errors
     ///
