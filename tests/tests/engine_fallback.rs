@@ -264,3 +264,29 @@ fn a_sync_that_fails_fails_the_write_that_asked_for_it() {
     assert!(client.read(8192, 4096).unwrap() == [3; 4096]);
     tracker.stop();
 }
+
+#[test]
+fn a_sync_made_for_a_lone_client_fails_as_any_other() {
+    let (site, mut serve) = site_with("io_uring");
+    serve.arg("--no-journal");
+    let call = SYS_fdatasync;
+    let mut command_line = without_calls(call..=call, Errno::EIO, &serve);
+    let tracker = Daemon::start("tracker", &mut command_line);
+    let refused = |result: Result<(), Failure>| matches!(result, Err(Failure::Refused(5)));
+    let mut client = site.connect("disk");
+    // io_uring's own sync is no such call. Only when the worker knows its client does it sync itself.
+    let mut writes = 0;
+    while !refused(client.flush()) {
+        client.write(0, &[1; 4096]).unwrap();
+        writes += 1;
+        assert!(writes < 1000, "the worker never synced itself");
+    }
+    // With others around it would not be the worker who syncs; they are told no better.
+    let mut other = site.connect("disk");
+    for client in [&mut other, &mut client] {
+        assert!(refused(client.flush()));
+        client.write(4096, &[2; 4096]).unwrap();
+    }
+    assert!(tracker.log().contains("every later FLUSH fails"));
+    tracker.stop();
+}

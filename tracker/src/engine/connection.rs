@@ -4,6 +4,8 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
 use super::transfer::{Piece, SendBatch};
 use crate::nbd::handshake::Session;
@@ -147,6 +149,12 @@ impl Connection {
     /// The socket.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// Whether the socket has something that was not received. One that cannot be asked counts as if.
+    pub fn has_arrivals(&self) -> bool {
+        let mut watched = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        poll(&mut watched, PollTimeout::ZERO) != Ok(0)
     }
 
     /// A receive is in flight.

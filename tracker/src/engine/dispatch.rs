@@ -19,6 +19,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::buffer::{Buffer, HEAD_BYTES};
 use super::connection::{Connection, Input, Payload};
@@ -27,6 +28,7 @@ use super::status::Job;
 use super::survey::Survey;
 use super::transfer::Held;
 use super::worker::{TAG_DISK, Worker};
+use crate::disk::Disk;
 use crate::extent::{Epoch, Extent};
 use crate::nbd::reply::Address;
 use crate::nbd::request::{Command, Request, Terms, Verdict, validate, validate_block_status};
@@ -260,7 +262,7 @@ impl Worker {
         });
         loop {
             let started = match self.prepare(connection, &mut operation) {
-                Ok(true) => operation.start(&disk, &mut self.ring, TAG_DISK | slot as u64),
+                Ok(true) => self.start(connection, &mut operation, &disk, slot),
                 Ok(false) => {
                     self.idle_operations.push(slot);
                     return self.settle(connection, &operation.request, Ok(()));
@@ -280,6 +282,27 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// Begins a part. The sync of a client that is alone and waits for it is made here and now.
+    fn start(
+        &mut self,
+        connection: &Connection,
+        operation: &mut Operation,
+        disk: &Arc<Disk>,
+        slot: usize,
+    ) -> Outcome {
+        let alone =
+            connection.requests == 1 && self.counters.connections.load(Ordering::Relaxed) == 1;
+        let syncs = operation.request.command == Command::Flush && alone;
+        if !syncs || !self.patience.syncs_here() {
+            return operation.start(disk, &mut self.ring, TAG_DISK | slot as u64);
+        }
+        let begin = Instant::now();
+        let result = operation.sync_now(disk);
+        let request_came = connection.has_arrivals();
+        self.patience.note_sync(begin.elapsed(), request_came);
+        Outcome::Done(result)
     }
 
     /// A disk operation's step has completed.

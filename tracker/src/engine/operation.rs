@@ -220,11 +220,11 @@ impl Operation {
                 ring.prefetch(disk, offset, left as u32, tag);
             }
             Step::Sync => {
-                if disk.sync_failed() {
-                    return Outcome::Done(Err(ReplyError::Io));
-                }
                 if disk.syncs_at_once() {
                     return Outcome::Done(self.sync_now(disk));
+                }
+                if disk.sync_failed() {
+                    return Outcome::Done(Err(ReplyError::Io));
                 }
                 ring.sync(disk, tag);
             }
@@ -293,8 +293,11 @@ impl Operation {
         }
     }
 
-    /// Syncs on the caller's thread.
-    fn sync_now(&mut self, disk: &Disk) -> Result<(), ReplyError> {
+    /// Syncs on the caller's thread, in place of the step in which a FLUSH consists.
+    pub fn sync_now(&mut self, disk: &Disk) -> Result<(), ReplyError> {
+        if disk.sync_failed() {
+            return Err(ReplyError::Io);
+        }
         disk.file().sync_data().map_err(|error| {
             self.note_failed_sync(disk);
             ReplyError::from_errno(error.raw_os_error().unwrap_or(libc::EIO))

@@ -102,7 +102,7 @@ pub struct Worker {
     touched: Vec<usize>,
     /// Requests that this turn took.
     pub(super) turn_requests: usize,
-    patience: Patience,
+    pub(super) patience: Patience,
     draining: bool,
 }
 
