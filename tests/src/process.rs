@@ -245,6 +245,28 @@ impl Daemon {
         self.start_time
     }
 
+    /// Waits until it has said something with this text, now or before. What goes to standard error
+    /// may come later than what went to standard output before it.
+    ///
+    /// # Panics
+    ///
+    /// It does not say so in time.
+    #[track_caller]
+    pub fn await_text(&self, text: &str) {
+        let deadline = Instant::now() + START_DEADLINE;
+        while !self.log().contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let arrived = self.arrivals.recv_timeout(left);
+            // What came before both pipes ended is in the log.
+            assert!(
+                arrived.is_ok() || self.log().contains(text),
+                "{} did not say {text:?}:\n{}",
+                self.name,
+                self.log()
+            );
+        }
+    }
+
     /// Waits for a line that fits; `None` if the deadline passes or the program ends before.
     /// Lines are looked at once: a second call starts after the first one's.
     pub fn await_line(&self, limit: Duration, fits: impl Fn(&str) -> bool) -> Option<String> {

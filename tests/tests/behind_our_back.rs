@@ -93,11 +93,7 @@ impl Protected {
         let tracker = self.site.start_tracker();
         let found = found(&self.site);
         if let Some(found) = &found {
-            // The line may come through its pipe after the one that says that the tracker is ready.
-            let begin = Instant::now();
-            while !tracker.log().contains(found.as_str()) {
-                assert!(begin.elapsed() < PATIENCE, "{}", tracker.log());
-            }
+            tracker.await_text(found);
         }
         self.tracker = Some(tracker);
         self.shipper = Some(self.site.start_shipper());

@@ -137,15 +137,11 @@ fn threads_take_over_where_io_uring_is_forbidden() {
     let (site, serve) = site_with("auto");
     let mut random = Random::from_environment("threads_take_over");
     let tracker = Daemon::start("tracker", &mut without_uring(Errno::EPERM, &serve));
+    tracker.await_text("Threads carry out the I/O instead of io_uring");
     let log = tracker.log();
-    assert!(
-        log.contains("WARN") && log.contains("Threads carry out the I/O instead of io_uring"),
-        "{log}"
-    );
-    assert!(
-        log.contains("kernel.io_uring_disabled") && log.contains("seccomp"),
-        "{log}"
-    );
+    for word in ["WARN", "kernel.io_uring_disabled", "seccomp"] {
+        assert!(log.contains(word), "{log}");
+    }
     let status = site.tracker_status();
     assert_eq!(status["engine"]["engine"], "threads");
     let reason = status["engine"]["fallback_reason"].as_str().unwrap();
@@ -233,11 +229,8 @@ fn a_machine_is_protected_where_io_uring_is_forbidden() {
     let point = site.cut();
     let restored = site.restore(&point, "disk", "restored");
     assert_same(&restored, &site.image("disk"));
-    let log = shipper.log();
-    assert!(
-        log.contains("WARN") && log.contains("Threads read the disks"),
-        "{log}"
-    );
+    shipper.await_text("Threads read the disks");
+    assert!(shipper.log().contains("WARN"), "{}", shipper.log());
     shipper.stop();
 }
 
@@ -254,11 +247,7 @@ fn a_sync_that_fails_fails_the_write_that_asked_for_it() {
     let refused = |result| matches!(result, Err(Failure::Refused(5)));
     assert!(refused(durable));
     assert!(refused(client.flush().map(|()| Vec::new())));
-    assert!(
-        tracker.log().contains("every later FLUSH fails"),
-        "{}",
-        tracker.log()
-    );
+    tracker.await_text("every later FLUSH fails");
     // The disk can still be read and written, and nobody is told that it is safe.
     client.write(8192, &[3; 4096]).unwrap();
     assert!(client.read(8192, 4096).unwrap() == [3; 4096]);
@@ -287,6 +276,6 @@ fn a_sync_made_for_a_lone_client_fails_as_any_other() {
         assert!(refused(client.flush()));
         client.write(4096, &[2; 4096]).unwrap();
     }
-    assert!(tracker.log().contains("every later FLUSH fails"));
+    tracker.await_text("every later FLUSH fails");
     tracker.stop();
 }

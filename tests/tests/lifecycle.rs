@@ -331,7 +331,7 @@ fn the_older_of_two_shippers_stops_for_good() {
     let refused = site.shipper(&["cut"]);
     assert!(!refused.status.success(), "the older one still writes");
     assert!(older.await_end(PATIENCE), "the older one still runs");
-    assert!(older.log().contains("taken over"), "{}", older.log());
+    older.await_text("taken over");
     drop(older);
     // It stays stopped.
     let again = site.shipper(&["run"]);

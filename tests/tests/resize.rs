@@ -378,11 +378,7 @@ fn an_image_that_grew_while_no_tracker_served_it_is_noted_and_replicated() {
         let bytes = ODD + (round as u64 + 1) * 20 * MIB;
         set_length(&site.image("disk"), bytes);
         world.tracker = site.start_tracker();
-        let begin = Instant::now();
-        // The line may come through its pipe after the one that says that the tracker is ready.
-        while !world.tracker.log().contains("the disk has grown from") {
-            assert!(begin.elapsed() < PATIENCE, "{}", world.tracker.log());
-        }
+        world.tracker.await_text("the disk has grown from");
         assert_eq!(served_bytes(site), bytes);
         let point = cut_after_restart(site);
         check_restore(site, &point, &site.image("disk"));
