@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod chunks;
+pub mod loop_device;
 pub mod model;
 pub mod nbd;
 pub mod process;

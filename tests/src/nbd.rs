@@ -241,6 +241,24 @@ impl Raw {
         Ok(u16::from_be_bytes([greeting[16], greeting[17]]))
     }
 
+    /// Asks by INFO for the minimum, preferred and maximum block size of an export, after the greeting.
+    ///
+    /// # Errors
+    ///
+    /// The connection is lost, or the answer has none.
+    pub fn block_sizes(&mut self, export: &str) -> io::Result<[u32; 3]> {
+        let replies = self.ask(option::INFO, &info_request(export, &[3]))?;
+        match replies.last() {
+            Some((option::ACK, _)) => {}
+            _ => return Err(broken("INFO was not acknowledged")),
+        }
+        replies
+            .iter()
+            .find(|(kind, data)| *kind == option::REPLY_INFO && data.starts_with(&[0, 3]))
+            .map(|(_, data)| [2, 6, 10].map(|at| word(&data[at..])))
+            .ok_or_else(|| broken("block sizes were asked for"))
+    }
+
     /// Sends an option.
     pub fn send_option(&mut self, number: u32, data: &[u8]) -> io::Result<()> {
         self.send(&option_bytes(number, data.len() as u32, data))

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::nbd::Client;
 use crate::process::{Daemon, Outcome, program, run};
+use crate::seed::Random;
 
 /// Compare and check this many bytes at a time.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -263,6 +264,32 @@ impl Site {
         let target = self.path(to);
         self.restore_to(point, disk, &target).success();
         target
+    }
+
+    /// Restores the disk `disk` at a recovery point; it must be what is expected.
+    ///
+    /// # Panics
+    ///
+    /// It cannot be restored, or is something else.
+    #[track_caller]
+    pub fn check_restore(&self, point: &str, expected: &Path) {
+        let restored = self.restore(point, "disk", &format!("restored-{point}"));
+        assert_same(expected, &restored);
+        fs::remove_file(restored).unwrap();
+    }
+
+    /// A file of random bytes with a hole's worth of zeroes in it, the same for the same size.
+    ///
+    /// # Panics
+    ///
+    /// It cannot be written.
+    pub fn random_file(&self, name: &str, size: u64) -> PathBuf {
+        let path = self.path(name);
+        let mut bytes = Random::new(size).bytes(size as usize);
+        let hole = bytes.len() / 4..bytes.len() / 2;
+        bytes[hole].fill(0);
+        fs::write(&path, bytes).unwrap();
+        path
     }
 
     /// Runs `shipper restore`.

@@ -116,8 +116,8 @@ impl Protected {
         assert!(bytes_read(site) >= DISK_BYTES, "not every block was read");
         let uploaded = site.segment_bytes() - before;
         assert!(uploaded <= uploaded_max, "{uploaded} bytes were uploaded");
-        check_restore(site, point, &site.image("disk"));
-        check_restore(site, &self.first, &self.copy);
+        site.check_restore(point, &site.image("disk"));
+        site.check_restore(&self.first, &self.copy);
         assert_eq!(disk_status(site)["resync"], Value::Null);
     }
 }
@@ -147,13 +147,6 @@ fn bytes_read(site: &Site) -> u64 {
     let status: Value =
         serde_json::from_str(&site.shipper(&["status", "--json"]).success()).unwrap();
     status["disks"][0]["bytes_read"].as_u64().unwrap()
-}
-
-#[track_caller]
-fn check_restore(site: &Site, point: &str, expected: &Path) {
-    let restored = site.restore(point, "disk", &format!("restored-{point}"));
-    assert_same(expected, &restored);
-    fs::remove_file(restored).unwrap();
 }
 
 /// Copies a file with its time; over an old one in place, so that it stays the same file.
@@ -307,5 +300,5 @@ fn what_the_tracker_wrote_itself_costs_nothing() {
     let point = site.cut();
     let read = bytes_read(site);
     assert!(read < DISK_BYTES, "every block was read: {read} bytes");
-    check_restore(site, &point, &site.image("disk"));
+    site.check_restore(&point, &site.image("disk"));
 }

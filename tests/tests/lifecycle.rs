@@ -10,7 +10,7 @@ use serde_json::Value;
 use tests::nbd::Client;
 use tests::process::{Daemon, program, run};
 use tests::seed::Random;
-use tests::site::{Site, assert_same, files_below};
+use tests::site::{Site, files_below};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -75,13 +75,6 @@ fn filled(test: &str, mib: u64) -> Filled {
     }
 }
 
-#[track_caller]
-fn check_restore(site: &Site, point: &str, expected: &std::path::Path) {
-    let restored = site.restore(point, "disk", &format!("restored-{point}"));
-    assert_same(expected, &restored);
-    fs::remove_file(restored).unwrap();
-}
-
 #[test]
 fn a_first_copy_goes_on_where_it_was_killed() {
     let Filled {
@@ -102,7 +95,7 @@ fn a_first_copy_goes_on_where_it_was_killed() {
     let point = site.cut();
     let read = number(&status(&site).unwrap(), "/disks/0/bytes_read");
     assert!(read < 230 * MIB, "it began anew: {} MiB read", read / MIB);
-    check_restore(&site, &point, &site.image("disk"));
+    site.check_restore(&point, &site.image("disk"));
     site.shipper(&["verify", "--data"]).success();
     shipper.stop();
     tracker.stop();
@@ -146,7 +139,7 @@ fn recovery_points_wait_for_a_vault_that_is_away() {
         "each of them is a recovery point"
     );
     let point = site.cut();
-    check_restore(&site, &point, &site.image("disk"));
+    site.check_restore(&point, &site.image("disk"));
     site.shipper(&["verify", "--data"]).success();
     shipper.stop();
     tracker.stop();
@@ -186,8 +179,8 @@ fn a_lost_spool_loses_no_change() {
     fs::rename(&elsewhere, site.vault()).unwrap();
     let shipper = site.start_shipper();
     let point = site.cut();
-    check_restore(&site, &point, &site.image("disk"));
-    check_restore(&site, &kept, &copy);
+    site.check_restore(&point, &site.image("disk"));
+    site.check_restore(&kept, &copy);
     shipper.stop();
     tracker.stop();
 }
@@ -215,7 +208,7 @@ fn a_lost_state_folder_costs_a_comparison_and_no_upload() {
         uploaded < MIB,
         "{uploaded} bytes uploaded for two changed blocks"
     );
-    check_restore(&site, &second, &site.image("disk"));
+    site.check_restore(&second, &site.image("disk"));
     shipper.stop();
     tracker.stop();
 }
@@ -254,7 +247,7 @@ fn a_new_journal_costs_a_comparison_and_no_upload() {
         uploaded < MIB,
         "{uploaded} bytes uploaded for one changed block"
     );
-    check_restore(&site, &second, &site.image("disk"));
+    site.check_restore(&second, &site.image("disk"));
     shipper.stop();
     tracker.stop();
 }
@@ -298,7 +291,7 @@ fn a_ring_that_overflows_costs_a_scan() {
     }
     let given_up = |status: &Value| number(status, "/points_given_up");
     let point = site.cut();
-    check_restore(&site, &point, &site.image("disk"));
+    site.check_restore(&point, &site.image("disk"));
     let status = status(&site).unwrap();
     assert!(given_up(&status) <= 3, "{status:#?}");
     shipper.stop();
@@ -339,7 +332,7 @@ fn the_older_of_two_shippers_stops_for_good() {
     assert_eq!(site.points(), [first]);
     let newer = Daemon::start("shipper", &mut with_other("run"));
     let second = run(&mut with_other("cut")).success().trim().to_owned();
-    check_restore(&site, &second, &site.image("disk"));
+    site.check_restore(&second, &site.image("disk"));
     site.shipper(&["verify", "--data"]).success();
     newer.stop();
     tracker.stop();
@@ -351,6 +344,6 @@ fn run_once_makes_one_recovery_point_and_ends() {
     let out = site.shipper(&["run", "--once"]).success();
     let point = out.lines().last().unwrap().to_owned();
     assert_eq!(site.points().last(), Some(&point));
-    check_restore(&site, &point, &site.image("disk"));
+    site.check_restore(&point, &site.image("disk"));
     tracker.stop();
 }

@@ -5,19 +5,9 @@ use std::process::Command;
 
 use tests::chunks::committed_cut;
 use tests::process::{require, run};
-use tests::seed::Random;
 use tests::site::{Site, assert_same};
 
 const MIB: u64 = 1 << 20;
-
-fn random_file(site: &Site, name: &str, size: u64) -> std::path::PathBuf {
-    let path = site.path(name);
-    let mut bytes = Random::new(size).bytes(size as usize);
-    let hole = bytes.len() / 4..bytes.len() / 2;
-    bytes[hole].fill(0);
-    std::fs::write(&path, bytes).unwrap();
-    path
-}
 
 #[test]
 fn nbdinfo_describes_and_lists() {
@@ -41,7 +31,7 @@ fn nbdcopy_both_ways() {
     require(&["nbdcopy"]);
     let site = Site::new(&[("disk", 64 * MIB)]);
     let _tracker = site.start_tracker();
-    let source = random_file(&site, "source", 64 * MIB);
+    let source = site.random_file("source", 64 * MIB);
     run(Command::new("nbdcopy")
         .arg("--flush")
         .arg(&source)
@@ -72,7 +62,7 @@ fn qemu_img_reads_writes_and_compares() {
     require(&["qemu-img"]);
     let site = Site::new(&[("disk", 32 * MIB)]);
     let _tracker = site.start_tracker();
-    let source = random_file(&site, "source", 32 * MIB);
+    let source = site.random_file("source", 32 * MIB);
     let info = run(Command::new("qemu-img").args(["info", &site.uri("disk")])).success();
     assert!(info.contains("33554432"), "{info}");
     run(Command::new("qemu-img")

@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
+use tests::loop_device::LoopDevice;
 use tests::model::{Change, Model, pattern};
 use tests::nbd::{Client, Failure, Raw, command, errno, info_request, option};
 use tests::process::{Daemon, require, run};
@@ -33,16 +34,10 @@ fn start(site: &mut Site) -> Option<Daemon> {
     Some(site.start_tracker())
 }
 
-fn block_sizes(site: &Site) -> (u32, u32, u32) {
+fn block_sizes(site: &Site) -> [u32; 3] {
     let mut raw = Raw::unix(&site.socket()).unwrap();
     raw.greet(3).unwrap();
-    let replies = raw.ask(option::INFO, &info_request("disk", &[3])).unwrap();
-    let sizes = replies
-        .iter()
-        .find(|(kind, data)| *kind == option::REPLY_INFO && data.starts_with(&[0, 3]))
-        .expect("block sizes were asked for");
-    let number = |at: usize| u32::from_be_bytes(sizes.1[at..at + 4].try_into().unwrap());
-    (number(2), number(6), number(10))
+    raw.block_sizes("disk").unwrap()
 }
 
 #[track_caller]
@@ -81,7 +76,7 @@ fn direct_io_tells_and_enforces_its_block_size() {
     };
     let image = site.image("disk").canonicalize().unwrap();
     assert_eq!(direct_descriptors(tracker.pid(), &image), 1);
-    let (minimum, preferred, _) = block_sizes(&site);
+    let [minimum, preferred, _] = block_sizes(&site);
     assert!(minimum.is_power_of_two() && (512..=4096).contains(&minimum));
     assert_eq!(preferred, 4096);
     let minimum = u64::from(minimum);
@@ -131,7 +126,7 @@ fn direct_io_follows_a_model_and_is_replicated() {
     let Some(tracker) = start(&mut site) else {
         return;
     };
-    let align = u64::from(block_sizes(&site).0);
+    let align = u64::from(block_sizes(&site)[0]);
     if !size.is_multiple_of(align) {
         println!("not run: sectors of {align} bytes");
         return;
@@ -179,27 +174,6 @@ fn direct_io_serves_other_clients() {
     assert_same(&source, &site.image("disk"));
 }
 
-/// A loop device with sectors of 4096 bytes, which is let go of at the end.
-struct LargeSectors(String);
-
-impl LargeSectors {
-    fn over(file: &Path) -> Self {
-        let device = run(Command::new("/sbin/losetup")
-            .args(["--find", "--show", "--sector-size", "4096"])
-            .arg(file))
-        .success();
-        Self(device.trim().to_owned())
-    }
-}
-
-impl Drop for LargeSectors {
-    fn drop(&mut self) {
-        let _not_there = Command::new("/sbin/losetup")
-            .args(["--detach", &self.0])
-            .status();
-    }
-}
-
 #[test]
 fn a_device_of_large_sectors_insists_on_its_block_size() {
     if !nix::unistd::geteuid().is_root() {
@@ -209,14 +183,14 @@ fn a_device_of_large_sectors_insists_on_its_block_size() {
     let mut site = Site::new(&[]);
     let file = site.path("device.img");
     File::create(&file).unwrap().set_len(16 * MIB).unwrap();
-    let device = LargeSectors::over(&file);
-    let disk = format!("disk={}", device.0);
+    let device = LoopDevice::over(&file, 4096);
+    let disk = format!("disk={}", device.path);
     let journals = site.root().display().to_string();
     for argument in ["--direct", "--disk", &disk, "--journal-dir", &journals] {
         site.tracker_arguments.push(argument.to_owned());
     }
     let tracker = site.start_tracker();
-    assert_eq!(block_sizes(&site).0, 4096);
+    assert_eq!(block_sizes(&site)[0], 4096);
     let mut raw = Raw::unix(&site.socket()).unwrap();
     raw.greet(3).unwrap();
     // Whoever does not ask would send requests of 512 bytes.

@@ -6,7 +6,6 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -126,15 +125,6 @@ fn last_reply(raw: &mut Raw, number: u32, data: &[u8]) -> u32 {
     replies.last().unwrap().0
 }
 
-fn random_file(site: &Site, size: u64) -> PathBuf {
-    let path = site.path("source");
-    let mut bytes = Random::new(size).bytes(size as usize);
-    let hole = bytes.len() / 4..bytes.len() / 2;
-    bytes[hole].fill(0);
-    std::fs::write(&path, bytes).unwrap();
-    path
-}
-
 #[test]
 fn libnbd_tools_over_tls() {
     require(&["nbdinfo", "nbdcopy"]);
@@ -144,7 +134,7 @@ fn libnbd_tools_over_tls() {
     let info = run(Command::new("nbdinfo").arg(&uri)).success();
     assert!(info.contains("with TLS"), "{info}");
     assert!(info.contains(&(64 * MIB).to_string()), "{info}");
-    let source = random_file(&place.site, 64 * MIB);
+    let source = place.site.random_file("source", 64 * MIB);
     run(Command::new("nbdcopy")
         .args(["--flush", "--connections=4", "--request-size=1048576"])
         .arg(&source)
@@ -179,7 +169,7 @@ fn qemu_over_tls() {
     let place = Place::new(32 * MIB);
     let authority = place.client_authority();
     let (_tracker, address) = place.start(&[&authority[0], &authority[1]]);
-    let source = random_file(&place.site, 32 * MIB);
+    let source = place.site.random_file("source", 32 * MIB);
     // The one version of TLS and the other.
     for version in ["1.2", "1.3"] {
         let credentials = format!(

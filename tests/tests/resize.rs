@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::chunks::{ChunkClient, committed_cut};
+use tests::loop_device::LoopDevice;
 use tests::model::{Change, Model, SECTOR_BYTES};
 use tests::nbd::{Client, Failure};
 use tests::process::{Daemon, Outcome, program, run};
 use tests::seed::Random;
-use tests::site::{Site, assert_same};
+use tests::site::Site;
 
 const MIB: u64 = 1 << 20;
 /// Ends in the middle of a block.
@@ -81,13 +82,6 @@ fn await_status(site: &Site, what: &str, fits: impl Fn(&Value) -> bool) -> Value
 fn bytes_read(site: &Site) -> u64 {
     let status = await_status(site, "bytes_read", |status| !status.is_null());
     status["disks"][0]["bytes_read"].as_u64().unwrap()
-}
-
-#[track_caller]
-fn check_restore(site: &Site, point: &str, expected: &Path) {
-    let restored = site.restore(point, "disk", &format!("restored-{point}"));
-    assert_same(expected, &restored);
-    fs::remove_file(restored).unwrap();
 }
 
 /// `shipper cut`, once the shipper has found its tracker again.
@@ -271,7 +265,7 @@ fn points_before_a_growth_and_after_it_are_restored_as_they_were() {
         "{read} bytes were read for {}",
         5 * MIB
     );
-    check_restore(site, &second, &site.image("disk"));
+    site.check_restore(&second, &site.image("disk"));
     let at_second = site.path("at-second");
     fs::copy(site.image("disk"), &at_second).unwrap();
     // Growth and writes, and nothing of them is in the points before.
@@ -284,9 +278,9 @@ fn points_before_a_growth_and_after_it_are_restored_as_they_were() {
         .unwrap();
     world.client.trim(MIB, MIB as u32).unwrap();
     let third = site.cut();
-    check_restore(site, &third, &site.image("disk"));
-    check_restore(site, &second, &at_second);
-    check_restore(site, &world.first, &world.copy);
+    site.check_restore(&third, &site.image("disk"));
+    site.check_restore(&second, &at_second);
+    site.check_restore(&world.first, &world.copy);
     assert_eq!(length(&world.copy), ODD);
     let status = await_status(site, "a status", |status| !status.is_null());
     assert_eq!(status["disks"][0]["size_bytes"].as_u64(), Some(end));
@@ -297,7 +291,7 @@ fn points_before_a_growth_and_after_it_are_restored_as_they_were() {
     let shipper = site.start_shipper();
     let fourth = site.cut();
     assert!(bytes_read(site) < MIB, "it was scanned again");
-    check_restore(site, &fourth, &site.image("disk"));
+    site.check_restore(&fourth, &site.image("disk"));
     site.shipper(&["verify", "--data"]).success();
     shipper.stop();
     tracker.stop();
@@ -314,8 +308,8 @@ fn a_growth_that_the_shipper_did_not_see_costs_no_scan() {
     let shipper = site.start_shipper();
     let second = site.cut();
     assert!(bytes_read(site) < 2 * MIB, "every block was looked at");
-    check_restore(site, &second, &site.image("disk"));
-    check_restore(site, &world.first, &world.copy);
+    site.check_restore(&second, &site.image("disk"));
+    site.check_restore(&world.first, &world.copy);
     shipper.stop();
     world.tracker.stop();
 }
@@ -359,7 +353,7 @@ fn first_copy(killed: bool) {
     let read = bytes_read(&site);
     let most = if killed { 230 * MIB } else { 259 * MIB };
     assert!(read < most, "it began anew: {} MiB read", read / MIB);
-    check_restore(&site, &point, &site.image("disk"));
+    site.check_restore(&point, &site.image("disk"));
     shipper.stop();
     tracker.stop();
 }
@@ -381,12 +375,12 @@ fn an_image_that_grew_while_no_tracker_served_it_is_noted_and_replicated() {
         world.tracker.await_text("the disk has grown from");
         assert_eq!(served_bytes(site), bytes);
         let point = cut_after_restart(site);
-        check_restore(site, &point, &site.image("disk"));
+        site.check_restore(&point, &site.image("disk"));
     }
     // Somebody else has written to it, so it may be compared at each start.
     let read = bytes_read(site);
     assert!(read < 3 * ODD + MIB, "it was scanned again: {read} bytes");
-    check_restore(site, &world.first, &world.copy);
+    site.check_restore(&world.first, &world.copy);
     world.shipper.stop();
     world.tracker.stop();
 }
@@ -426,13 +420,13 @@ fn a_tracker_that_is_killed_while_a_disk_grows_forgets_nothing() {
         world.client = site.connect("disk");
         world.client.write(bytes - 512, &[3; 512]).unwrap();
         let point = cut_after_restart(site);
-        check_restore(site, &point, &site.image("disk"));
+        site.check_restore(&point, &site.image("disk"));
     }
     println!("{grown} of 12 had grown");
     let site = &world.site;
     let read = bytes_read(site);
     assert!(read < 2 * ODD, "a kill cost a scan: {read} bytes");
-    check_restore(site, &world.first, &world.copy);
+    site.check_restore(&world.first, &world.copy);
     world.shipper.stop();
     world.tracker.stop();
 }
@@ -486,29 +480,6 @@ fn what_cannot_be_is_refused_and_leaves_the_disk_alone() {
     assert!(said.contains("is it running"), "{said}");
 }
 
-/// A loop device, which is let go of at the end.
-struct Loop(String);
-
-impl Loop {
-    fn over(file: &Path) -> Self {
-        let mut losetup = Command::new("/sbin/losetup");
-        let device = run(losetup.args(["--find", "--show"]).arg(file)).success();
-        Self(device.trim().to_owned())
-    }
-
-    fn refresh(&self) {
-        run(Command::new("/sbin/losetup").args(["--set-capacity", &self.0])).success();
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _not_there = Command::new("/sbin/losetup")
-            .args(["--detach", &self.0])
-            .status();
-    }
-}
-
 #[test]
 fn a_device_is_taken_with_the_size_that_it_has_by_now() {
     if !nix::unistd::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
@@ -519,9 +490,9 @@ fn a_device_is_taken_with_the_size_that_it_has_by_now() {
     let mut random = Random::from_environment("device");
     let backing = site.path("backing");
     fs::write(&backing, random.bytes(8 * MIB as usize)).unwrap();
-    let device = Loop::over(&backing);
+    let device = LoopDevice::over(&backing, 512);
     fs::remove_file(site.image("disk")).unwrap();
-    std::os::unix::fs::symlink(&device.0, site.image("disk")).unwrap();
+    std::os::unix::fs::symlink(&device.path, site.image("disk")).unwrap();
     let journals = site.path("journals");
     fs::create_dir(&journals).unwrap();
     site.tracker_arguments = vec!["--journal-dir".to_owned(), journals.display().to_string()];
@@ -545,10 +516,10 @@ fn a_device_is_taken_with_the_size_that_it_has_by_now() {
     client.flush().unwrap();
     let second = site.cut();
     assert_eq!(bytes_read(&site) - before, 4 * MIB + 4096);
-    check_restore(&site, &first, &copy);
+    site.check_restore(&first, &copy);
     shipper.stop();
     tracker.stop();
     // What the file says is what the device was told, once nobody has it open.
     drop(device);
-    check_restore(&site, &second, &backing);
+    site.check_restore(&second, &backing);
 }

@@ -21,6 +21,10 @@ const STATUS_REQUESTS_MAX: usize = 8;
 /// Payload of one connection in flight and its output that is not sent, in bytes; one request may
 /// exceed it. So a client that never reads its replies costs no more.
 const PAYLOAD_BYTES_MAX: usize = 32 << 20;
+/// Writes of one connection that are answered on the spot in one turn. Then their replies leave,
+/// so that the client can work at them while the next ones are written; more would have the two
+/// wait for each other, less would cost a system call for too few.
+const TURN_REPLIES_MAX: usize = 16;
 /// Emptied pieces of output kept for reuse, and the largest that is kept.
 const SPARE_MAX: usize = 4;
 const SPARE_BYTES_MAX: usize = 64 << 10;
@@ -86,8 +90,6 @@ pub struct Connection {
     pub input: Option<Input>,
     /// Requests that were answered on the spot in this turn.
     pub answered_at_once: usize,
-    /// More of the input is to be understood in the next turn.
-    pub turn_is_over: bool,
     /// A payload that is being received.
     pub payload: Option<Payload>,
     /// Payload of a refused WRITE still to be thrown away.
@@ -129,7 +131,6 @@ impl Connection {
                 end: 0,
             }),
             answered_at_once: 0,
-            turn_is_over: false,
             payload: None,
             skip_bytes: 0,
             receiving: Receiving::Nothing,
@@ -167,6 +168,17 @@ impl Connection {
         self.requests >= REQUESTS_MAX
             || self.payload_bytes >= PAYLOAD_BYTES_MAX
             || self.status_requests >= STATUS_REQUESTS_MAX
+    }
+
+    /// As much was answered on the spot as one turn allows.
+    pub fn has_had_its_share(&self) -> bool {
+        self.answered_at_once >= TURN_REPLIES_MAX
+    }
+
+    /// More of the input is to be understood in the next turn.
+    pub fn turn_is_over(&self) -> bool {
+        let waits = |input: &Input| !input.pending().is_empty();
+        self.has_had_its_share() && self.input.as_ref().is_some_and(waits)
     }
 
     /// Nothing is in flight any more and nothing can follow.

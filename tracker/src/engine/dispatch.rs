@@ -34,10 +34,6 @@ use crate::nbd::reply::Address;
 use crate::nbd::request::{Command, Request, Terms, Verdict, validate, validate_block_status};
 use crate::nbd::wire::{Mode, ReplyError, RequestHeader};
 
-/// Writes of one connection that are answered on the spot in one turn. Then their replies leave,
-/// so that the client can work at them while the next ones are written; more would have the two
-/// wait for each other, less would cost a system call for too few.
-const TURN_REPLIES_MAX: usize = 16;
 /// Shortest READ for which holes are searched; the zeroes of a shorter one cost less than that.
 const SEARCHED_BYTES_MIN: u64 = 32 << 10;
 /// Parts after which the rest of a READ is taken for data.
@@ -60,7 +56,7 @@ impl Worker {
         while !connection.closing
             && connection.payload.is_none()
             && !connection.is_full()
-            && connection.answered_at_once < TURN_REPLIES_MAX
+            && !connection.has_had_its_share()
         {
             if connection.skip_bytes > 0 {
                 let step = (connection.skip_bytes as usize).min(input.pending().len());
@@ -74,8 +70,6 @@ impl Worker {
                 break;
             }
         }
-        connection.turn_is_over =
-            connection.answered_at_once >= TURN_REPLIES_MAX && !input.pending().is_empty();
         connection.input = Some(input);
     }
 

@@ -266,7 +266,7 @@ impl Worker {
             }
             self.counters.connections.fetch_sub(1, Ordering::Relaxed);
         } else {
-            let goes_on = connection.turn_is_over && !connection.closing;
+            let goes_on = connection.turn_is_over() && !connection.closing;
             self.connections[index] = Some(connection);
             if goes_on {
                 self.touch(index);
@@ -317,7 +317,7 @@ impl Worker {
         if connection.is_receiving()
             || connection.closing
             || connection.is_full()
-            || connection.turn_is_over
+            || connection.turn_is_over()
         {
             return;
         }
