@@ -7,11 +7,12 @@ use std::mem::offset_of;
 use tests::process::workspace;
 use tracker::journal::format::{
     ALARM_OFFSET, ALARM_WORDS, CHECKPOINT_HEAD_BYTES, CHECKPOINT_PAGE_BLOCKS, COUNTER_MAX,
-    CheckpointHead, EPOCH_MAX, FLAG_CLEAN, INTENT_OFFSET, INTENT_TRANSACTIONS, IntentHead, MAGIC,
-    PAGE_BYTES, RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE, RING_OFFSET, SetDescriptor,
-    Superblock, TIME_WORDS, Time, VERSION, encode_time,
+    CheckpointHead, EPOCH_MAX, FLAG_CLEAN, FLAG_REPLACED, INTENT_OFFSET, INTENT_PAGES_RANGE, MAGIC,
+    PAGE_BYTES, RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE, SetDescriptor, Superblock,
+    TIME_WORDS, Time, VERSION, encode_time,
 };
-use tracker::journal::{CLOCK_STEP_MS, MARGIN_MS};
+use tracker::journal::intent::page::{CONTEXT_MAX, NO_REGION, Transaction, UPDATES_MAX};
+use tracker::journal::{CLOCK_STEP_MS, MARGIN_MS, POWER_CUT_LAG_MS, POWER_CUT_MARGIN_MS};
 
 fn document() -> String {
     std::fs::read_to_string(workspace().join("docs/journal-format.md")).unwrap()
@@ -48,10 +49,13 @@ fn tables(section: &str) -> Vec<Vec<(usize, usize, String)>> {
     tables
 }
 
-/// Public and private fields of a structure in `format.rs`, in order.
+/// Public and private fields of a structure of the format, in order.
 fn fields_of(structure: &str) -> Vec<String> {
-    let path = workspace().join("tracker/src/journal/format.rs");
-    let source = std::fs::read_to_string(path).unwrap();
+    let source: String = ["format.rs", "intent/page.rs"]
+        .iter()
+        .map(|name| workspace().join("tracker/src/journal").join(name))
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .collect();
     let start = format!("pub struct {structure} {{");
     let (_, body) = source.split_once(&start).expect("the structure is there");
     let (body, _) = body.split_once("\n}").unwrap();
@@ -79,7 +83,7 @@ fn every_field_stands_in_its_table_in_order_and_without_gaps() {
             size_of::<SetDescriptor>(),
             0,
         ),
-        ("IntentHead", "Intent log", 0, size_of::<IntentHead>(), 0),
+        ("Transaction", "Intent log", 0, size_of::<Transaction>(), 0),
         ("Record", "Ring", 0, RECORD_BYTES as usize, 0),
         ("CheckpointHead", "Checkpoint sets", 0, PAGE_BYTES, bits),
     ];
@@ -129,8 +133,12 @@ fn offsets_are_those_of_the_program() {
         offset_of!(SetDescriptor, highest_epoch)
     );
     assert_eq!(
-        row("Intent log", 0, "region_count"),
-        offset_of!(IntentHead, region_count)
+        row("Intent log", 0, "context"),
+        offset_of!(Transaction, context)
+    );
+    assert_eq!(
+        superblock("overflow_offset"),
+        offset_of!(Superblock, overflow_offset)
     );
     assert_eq!(
         row("Checkpoint sets", 0, "page"),
@@ -146,19 +154,25 @@ fn offsets_are_those_of_the_program() {
 #[test]
 fn numbers_are_those_of_the_program() {
     let text = document();
-    let intent_bytes = INTENT_TRANSACTIONS * PAGE_BYTES as u64;
     let says = |what: String| assert!(text.contains(&what), "{what:?} is missing");
     assert_eq!(MAGIC, *b"TMJRNL\r\n");
     says("`TMJRNL` 0d 0a".to_owned());
     says(format!("describes version {} to", VERSION as u32));
     says(format!("| `flags` | {FLAG_CLEAN}: closed"));
     says(format!("| {ALARM_OFFSET} | {PAGE_BYTES} | alarm |"));
+    says(format!("| {INTENT_OFFSET} | `intent_bytes` | intent log |"));
     says(format!(
-        "| {INTENT_OFFSET} | {intent_bytes} | intent log: {INTENT_TRANSACTIONS} "
+        "| `ring_offset` | `ring_records` * {RECORD_BYTES} | ring |"
     ));
-    says(format!(
-        "| {RING_OFFSET} | `ring_records` * {RECORD_BYTES} | ring |"
-    ));
+    let (least, most) = (INTENT_PAGES_RANGE.start(), INTENT_PAGES_RANGE.end());
+    says(format!(": {least} to {most} pages;"));
+    says(format!("| {UPDATES_MAX} entries: slot"));
+    says(format!("| {CONTEXT_MAX} numbers of 4 bytes"));
+    says(format!("(pages - 2) * {CONTEXT_MAX} slots"));
+    says(format!("{NO_REGION:x} in a slot"));
+    says(format!("; {FLAG_REPLACED}: another file"));
+    says(format!("from {} s before", POWER_CUT_LAG_MS / 1000));
+    says(format!("to {} s after", POWER_CUT_MARGIN_MS / 1000));
     says(format!("| `region_bytes` | {REGION_BYTES}, "));
     says(format!("/ {CHECKPOINT_PAGE_BLOCKS}, rounded up"));
     let least = RING_BYTES_RANGE.start() / RECORD_BYTES;

@@ -18,6 +18,9 @@ use tracker::systemd::Activated;
 /// Longest time on the command line; far below where the kernel's clock ticks overflow.
 const SECONDS_MAX: u64 = 24 * 3600;
 
+/// Below, every other write would wait; above, a comparison takes longer than of any disk in use.
+const INTENT_CAP_RANGE: std::ops::RangeInclusive<u64> = 64 << 20..=1 << 40;
+
 /// Serves Linux disks over NBD and remembers what has changed.
 #[derive(Debug, Parser)]
 #[command(name = "tracker", version, about, propagate_version = true)]
@@ -168,6 +171,10 @@ pub struct ServeArguments {
     /// Size of the journal's ring, for new journals
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = parse_size)]
     ring_size: u64,
+    /// How much of each disk can be in use at once without a write waiting for the journal; also what
+    /// is compared after a power cut, at most
+    #[arg(long, value_name = "SIZE", default_value = "16GiB", value_parser = parse_size)]
+    intent_cap: u64,
     /// Folder for journals of block devices; that of a file lies beside it
     #[arg(long, value_name = "DIR", default_value = "/var/lib/tidemark")]
     journal_dir: PathBuf,
@@ -287,6 +294,7 @@ impl ServeArguments {
             workers: self.workers.map_or(processors.min(4), usize::from),
             engine: self.engine,
             ring_bytes: self.ring_size,
+            intent_bytes: checked_intent_cap(self.intent_cap)?,
             journal_folder: self.journal_dir,
             read_only: self.read_only,
             direct: self.direct,
@@ -325,6 +333,16 @@ fn control_path(
 }
 
 /// `NAME=PATH`, or a path alone; a name has no slash, so that a path may have an equals sign.
+fn checked_intent_cap(bytes: u64) -> Result<u64> {
+    if INTENT_CAP_RANGE.contains(&bytes) {
+        return Ok(bytes);
+    }
+    Err(Error::new(
+        ErrorKind::Invalid,
+        format!("An intent cap of {bytes} bytes is not from 64 MiB to 1 TiB"),
+    ))
+}
+
 fn parse_disk(argument: &str) -> Result<DiskArgument> {
     let (name, path) = match argument.split_once('=') {
         Some((name, path)) if !name.contains('/') && !name.is_empty() => (name.to_owned(), path),

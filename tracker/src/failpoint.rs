@@ -12,23 +12,42 @@ pub enum Place {
     FillAfterMarkBeforeWords,
     FillAfterWordsBeforeSequence,
     RecordAfterRefusalBeforeAlarm,
+    AdmitAfterRecordBeforeMark,
+    WriteAfterAdmissionBeforeData,
+    WriteAfterWaitBeforeData,
+    IntentAfterPlanBeforeWrite,
+    IntentAfterWriteBeforeDurable,
+    IntentAfterArmBeforeNext,
+    ArmAfterCommitBeforeRelease,
+    SyncAfterEraBeforeStores,
+    SyncAfterStoresBeforeDurable,
+    SyncAfterDurableBeforeMark,
     PublishAfterMarkBeforeWords,
     PublishAmidWords,
     PublishAfterWordsBeforeMagic,
-    UpdateAfterPublishBeforeAlarm,
+    UpdateAfterPublishBeforeSync,
+    UpdateAfterSyncBeforeTail,
     UpdateAfterAlarmBeforePunch,
-    UpdateAfterPunchBeforeSync,
     FoldAfterPageBeforeNext,
+    FoldAfterPagesBeforeSync,
     FoldAfterPagesBeforePublish,
-    FoldAfterPublishBeforeTail,
-    DistrustAfterRingBeforeCheckpoint,
-    DistrustAfterCheckpointBeforePublish,
-    RecoverAfterHolesBeforePublish,
+    FoldAfterPublishBeforeSync,
+    FoldAfterSyncBeforeTail,
+    ReplaceAfterBothBeforeCopy,
+    ReplaceAfterCopyBeforeRename,
+    ReplaceAfterRenameBeforeSwitch,
+    DistrustAfterPublishBeforeRing,
+    DistrustAfterRingBeforeSets,
+    RecoverAfterHolesBeforeSuspects,
+    RecoverAfterSuspectsBeforeSync,
+    RecoverAfterSyncBeforeChain,
+    RecoverAfterChainBeforePublish,
     RecoverAfterFirstPublishBeforeSecond,
     RecoverAfterSecondPublishBeforeGrow,
     GrowAfterCopyBeforeSync,
     GrowAfterMoveBeforePunch,
     GrowAfterRoomBeforeRecord,
+    GrowAfterRecordBeforeSync,
     GrowAfterRecordBeforePublish,
     GrowAfterPublishBeforeSync,
     CloseAfterSyncBeforePublish,
@@ -44,28 +63,47 @@ pub enum Place {
 impl Place {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 50] = [
         Self::RecordAfterClaimBeforeFill,
         Self::FillAfterMarkBeforeWords,
         Self::FillAfterWordsBeforeSequence,
         Self::RecordAfterRefusalBeforeAlarm,
+        Self::AdmitAfterRecordBeforeMark,
+        Self::WriteAfterAdmissionBeforeData,
+        Self::WriteAfterWaitBeforeData,
+        Self::IntentAfterPlanBeforeWrite,
+        Self::IntentAfterWriteBeforeDurable,
+        Self::IntentAfterArmBeforeNext,
+        Self::ArmAfterCommitBeforeRelease,
+        Self::SyncAfterEraBeforeStores,
+        Self::SyncAfterStoresBeforeDurable,
+        Self::SyncAfterDurableBeforeMark,
         Self::PublishAfterMarkBeforeWords,
         Self::PublishAmidWords,
         Self::PublishAfterWordsBeforeMagic,
-        Self::UpdateAfterPublishBeforeAlarm,
+        Self::UpdateAfterPublishBeforeSync,
+        Self::UpdateAfterSyncBeforeTail,
         Self::UpdateAfterAlarmBeforePunch,
-        Self::UpdateAfterPunchBeforeSync,
         Self::FoldAfterPageBeforeNext,
+        Self::FoldAfterPagesBeforeSync,
         Self::FoldAfterPagesBeforePublish,
-        Self::FoldAfterPublishBeforeTail,
-        Self::DistrustAfterRingBeforeCheckpoint,
-        Self::DistrustAfterCheckpointBeforePublish,
-        Self::RecoverAfterHolesBeforePublish,
+        Self::FoldAfterPublishBeforeSync,
+        Self::FoldAfterSyncBeforeTail,
+        Self::ReplaceAfterBothBeforeCopy,
+        Self::ReplaceAfterCopyBeforeRename,
+        Self::ReplaceAfterRenameBeforeSwitch,
+        Self::DistrustAfterPublishBeforeRing,
+        Self::DistrustAfterRingBeforeSets,
+        Self::RecoverAfterHolesBeforeSuspects,
+        Self::RecoverAfterSuspectsBeforeSync,
+        Self::RecoverAfterSyncBeforeChain,
+        Self::RecoverAfterChainBeforePublish,
         Self::RecoverAfterFirstPublishBeforeSecond,
         Self::RecoverAfterSecondPublishBeforeGrow,
         Self::GrowAfterCopyBeforeSync,
         Self::GrowAfterMoveBeforePunch,
         Self::GrowAfterRoomBeforeRecord,
+        Self::GrowAfterRecordBeforeSync,
         Self::GrowAfterRecordBeforePublish,
         Self::GrowAfterPublishBeforeSync,
         Self::CloseAfterSyncBeforePublish,
@@ -79,40 +117,155 @@ impl Place {
     ];
 }
 
+/// A rule that a test switches off on its thread, to see that the break is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Canary {
+    ArmBeforeTransaction,
+    WatermarkBeforeSync,
+    SlotsFreedBeforeSuperblock,
+    PagesNotSyncedBeforeSuperblock,
+    ChainBeforeSuspectsDurable,
+}
+
+/// Whether the test that runs on this thread has switched a rule off. Outside of tests never.
+#[inline(always)]
+pub fn canary(_canary: Canary) -> bool {
+    #[cfg(test)]
+    return watch::canary() == Some(_canary);
+    #[cfg(not(test))]
+    false
+}
+
 /// Tells the test that runs on this thread, if it watches, that a place is reached.
 #[inline(always)]
-pub fn reached(_point: Place) {
+pub fn reached(_place: Place) {
     #[cfg(test)]
-    watch::tell(_point);
+    watch::tell(watch::Event::Reached(_place));
+}
+
+/// What the storage of this file would do at this place: a test may have it fail.
+///
+/// # Errors
+///
+/// Only in tests.
+#[inline(always)]
+pub fn attempt(_place: Place, _file: &std::fs::File) -> std::io::Result<()> {
+    #[cfg(test)]
+    return watch::attempt(_place, _file);
+    #[cfg(not(test))]
+    Ok(())
+}
+
+/// Tells the test that runs on this thread which bytes of a file are durable from now on, as they are.
+#[inline(always)]
+pub fn made_durable(_file: &std::fs::File, _bytes: std::ops::Range<u64>) {
+    #[cfg(test)]
+    watch::tell(watch::Event::Durable(watch::inode_of(_file), _bytes));
+}
+
+/// The boot that a test on this thread pretends.
+#[inline(always)]
+pub fn simulated_boot() -> Option<[u8; 16]> {
+    #[cfg(test)]
+    return watch::boot();
+    #[cfg(not(test))]
+    None
 }
 
 #[cfg(test)]
-pub use watch::watching;
+pub use watch::{Event, failing, set_boot, set_canary, watching, watching_all};
 
 #[cfg(test)]
 mod watch {
-    use super::Place;
-    use std::cell::RefCell;
+    use super::{Canary, Place};
+    use std::cell::{Cell, RefCell};
+    use std::io;
+    use std::ops::Range;
+    use std::os::unix::fs::MetadataExt;
 
-    type Watcher = Box<dyn FnMut(Place)>;
+    /// What a watcher is told.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub enum Event {
+        /// A place is reached.
+        Reached(Place),
+        /// Bytes of the file with this inode number are durable.
+        Durable(u64, Range<u64>),
+    }
+
+    type Watcher = Box<dyn FnMut(Event)>;
+    type Fault = Box<dyn FnMut(Place, u64) -> io::Result<()>>;
 
     thread_local! {
         static WATCHER: RefCell<Option<Watcher>> = const { RefCell::new(None) };
+        static FAULT: RefCell<Option<Fault>> = const { RefCell::new(None) };
+        static BOOT: Cell<Option<[u8; 16]>> = const { Cell::new(None) };
+        static CANARY: Cell<Option<Canary>> = const { Cell::new(None) };
     }
 
-    pub fn tell(point: Place) {
+    pub fn tell(event: Event) {
         // Taken out while it runs, so that what it does itself is not watched.
         if let Some(mut watcher) = WATCHER.take() {
-            watcher(point);
+            watcher(event);
             WATCHER.set(Some(watcher));
         }
     }
 
-    /// Does `work`, and calls `watcher` at every place that is reached.
-    pub fn watching<T>(watcher: impl FnMut(Place) + 'static, work: impl FnOnce() -> T) -> T {
+    pub fn attempt(place: Place, file: &std::fs::File) -> io::Result<()> {
+        FAULT.with_borrow_mut(|fault| {
+            let fault = fault.as_mut();
+            fault.map_or(Ok(()), |fault| fault(place, inode_of(file)))
+        })
+    }
+
+    pub fn canary() -> Option<Canary> {
+        CANARY.get()
+    }
+
+    /// Switches a rule off on this thread, or all on again.
+    pub fn set_canary(canary: Option<Canary>) {
+        CANARY.set(canary);
+    }
+
+    pub fn inode_of(file: &std::fs::File) -> u64 {
+        file.metadata().map_or(0, |metadata| metadata.ino())
+    }
+
+    pub fn boot() -> Option<[u8; 16]> {
+        BOOT.get()
+    }
+
+    /// Pretends another boot of the machine on this thread.
+    pub fn set_boot(boot: Option<[u8; 16]>) {
+        BOOT.set(boot);
+    }
+
+    /// Does `work`, and calls `watcher` at everything that happens.
+    pub fn watching_all<T>(watcher: impl FnMut(Event) + 'static, work: impl FnOnce() -> T) -> T {
         WATCHER.set(Some(Box::new(watcher)));
         let result = work();
         WATCHER.set(None);
+        result
+    }
+
+    /// Does `work`, and calls `watcher` at every place that is reached.
+    pub fn watching<T>(mut watcher: impl FnMut(Place) + 'static, work: impl FnOnce() -> T) -> T {
+        let places = move |event| {
+            if let Event::Reached(place) = event {
+                watcher(place);
+            }
+        };
+        watching_all(places, work)
+    }
+
+    /// Does `work` while `fault` decides what fails, from the place and the inode number of the file.
+    pub fn failing<T>(
+        fault: impl FnMut(Place, u64) -> io::Result<()> + 'static,
+        work: impl FnOnce() -> T,
+    ) -> T {
+        FAULT.set(Some(Box::new(fault)));
+        let result = work();
+        FAULT.set(None);
         result
     }
 }

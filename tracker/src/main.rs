@@ -142,7 +142,8 @@ fn describe(status: &Status) -> String {
         text.push_str(&format!(
             "disk {} at {}: {} bytes, {} blocks changed in the open epoch{resync}\n    \
              journal {}: ring {} of {} records ({}%), {} checkpoint sets\n    \
-             {} records a second, {} folded{full}\n",
+             {} records a second, {} folded{full}\n    \
+             {} of {} MiB armed, {} writes waited for {} transactions\n",
             disk.name,
             disk.image.display(),
             disk.size_bytes,
@@ -154,7 +155,22 @@ fn describe(status: &Status) -> String {
             disk.checkpoint_sets,
             disk.records_per_second,
             disk.folded_per_second,
+            disk.intent_regions,
+            disk.intent_regions_max,
+            disk.intent_waits,
+            disk.intent_commits,
         ));
+        if disk.ring_overflowing || disk.coarse_units > 0 {
+            text.push_str(&format!(
+                "    the ring was full: {} coarse units count as changed\n",
+                disk.coarse_units
+            ));
+        }
+        if disk.power_cut_unsafe {
+            text.push_str(
+                "    the journal cannot be written: a power cut now would lose track of what changed\n",
+            );
+        }
         if let Some(change) = &disk.unserved_change {
             text.push_str(&format!("    found at the start: {change}\n"));
         }

@@ -21,8 +21,9 @@ use nix::unistd::Pid;
 use crate::control::server::{self, Context};
 use crate::disk::{Disk, DiskKind};
 use crate::engine::{Engine, EngineChoice};
-use crate::epoch::{DiskSpec, Machine, MachineOptions};
+use crate::epoch::{DiskSpec, Keepers, Machine, MachineOptions};
 use crate::error::{Error, ErrorKind, Result};
+use crate::journal::format::REGION_BYTES;
 use crate::nbd::handshake::{Export, Negotiated, negotiate};
 use crate::nbd::listener::{Listener, Plaintext, Stream};
 use crate::nbd::tls::relay::{Relay, Relays};
@@ -75,6 +76,8 @@ pub struct ServeOptions {
     pub engine: EngineChoice,
     /// Size of a new journal's ring in bytes.
     pub ring_bytes: u64,
+    /// Bytes of each disk that can be armed at once: so much is compared after a power cut, at most.
+    pub intent_bytes: u64,
     /// Folder for the journals of devices.
     pub journal_folder: PathBuf,
     /// Refuse writes.
@@ -124,6 +127,7 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
 
     let (control, listeners) = open_sockets(options, activated)?;
     let description = describe(options, &control, &listeners);
+    let mut keepers = Keepers::start(&machine)?;
     let upkeep = start_upkeep(&machine, &house.engine, &disks)?;
     let control = start_control(control, &machine, &house.engine, disks.clone())?;
     let mut doors = Vec::new();
@@ -141,7 +145,8 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
         door.close();
     }
     let maintained = upkeep.end();
-    let stopped = house.engine.stop();
+    // Writes that wait for their regions are answered before the keepers end.
+    let stopped = house.engine.stop().and(keepers.end());
     if failed && stopped.is_ok() {
         return Err(Error::new(
             ErrorKind::State,
@@ -167,10 +172,13 @@ fn close(machine: &Machine, disks: &[Arc<Disk>]) -> Result<()> {
         if machine.journal_path(index).is_none() {
             continue;
         }
-        if let Err(error) = disk.sync() {
-            machine.mark_suspect(index, "its last sync failed")?;
-            synced = synced.and(Err(error));
+        // One that failed before has lost what it could not write, whatever this one says.
+        let failed_before = disk.sync_failed();
+        let result = disk.sync();
+        if failed_before || result.is_err() {
+            machine.mark_suspect(index, "a sync of it failed")?;
         }
+        synced = synced.and(result);
         if let Some(seen) = disk.moment()? {
             machine.keep_time(index, seen);
         }
@@ -221,6 +229,7 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
         &MachineOptions {
             workers: options.workers,
             ring_bytes: options.ring_bytes,
+            intent_regions: (options.intent_bytes / u64::from(REGION_BYTES)) as u32,
             rebuild: options.rebuild,
             tracking: options.tracking,
         },

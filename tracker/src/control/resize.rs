@@ -86,6 +86,7 @@ mod tests {
         let options = MachineOptions {
             workers: 1,
             ring_bytes: 16 << 10,
+            intent_regions: 64,
             rebuild: false,
             tracking: true,
         };
@@ -166,8 +167,8 @@ mod tests {
                 block_count: 1,
             };
             let epoch = machine.cut(Epoch::ZERO, Duration::ZERO).unwrap();
-            let open = machine.admit(0, 0, last, Operation::Write);
-            machine.complete(0, open);
+            let admitted = machine.admit(0, 0, last, Operation::Write);
+            machine.complete(0, admitted.epoch);
             machine.seal(epoch).unwrap();
             machine.commit(epoch).unwrap();
             assert_eq!(changed(folder), [last], "{place:?}");

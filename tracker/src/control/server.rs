@@ -17,6 +17,7 @@ use crate::disk::Disk;
 use crate::engine::Engine;
 use crate::epoch::Machine;
 use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Epoch;
 
 /// Time that a cut waits for the writes stamped with the epoch that it closes.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -45,7 +46,7 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
     match request {
         Request::Status {} => json(&status(context)),
         Request::Epochs {} => json(&machine.status()),
-        Request::Cut { minimum } => json(&machine.cut(minimum, DRAIN_DEADLINE)?),
+        Request::Cut { minimum } => json(&cut(context, minimum)?),
         Request::CaptureBegin { epoch } => {
             let closed = machine.status().closed;
             if closed != Some(epoch) {
@@ -74,6 +75,23 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
             json(&resize::resize(&context.disks, machine, &disk, size)?)
         }
     }
+}
+
+/// Closes the open epoch, and makes the disks durable before anybody may capture it: what a recovery point
+/// holds must not be undone by a power cut, after which nobody would know that disk and vault differ. A disk
+/// that cannot be synced is protected all the more, and the journal keeps in mind that it is one.
+fn cut(context: &Context, minimum: Epoch) -> Result<Epoch> {
+    let machine = &context.machine;
+    let epoch = machine.cut(minimum, DRAIN_DEADLINE)?;
+    for (index, disk) in context.disks.iter().enumerate() {
+        if !disk.sync_failed()
+            && let Err(error) = disk.sync_data()
+        {
+            tracing::error!("{}: every later FLUSH fails until a restart", error.chain());
+            machine.note_disk_failure(index)?;
+        }
+    }
+    Ok(epoch)
 }
 
 /// Everything about this tracker.

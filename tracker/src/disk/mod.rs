@@ -252,6 +252,18 @@ impl Disk {
         })
     }
 
+    /// Makes everything durable that was written.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::sync`].
+    pub fn sync_data(&self) -> Result<()> {
+        self.file.sync_data().map_err(|error| {
+            self.set_sync_failed();
+            Error::io(format!("Cannot sync disk {}", self.path.display()), error)
+        })
+    }
+
     /// Remembers that a sync failed: the kernel has dropped the pages that it could not write and
     /// calls them clean, so a later sync proves nothing.
     pub fn set_sync_failed(&self) {

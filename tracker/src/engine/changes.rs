@@ -25,6 +25,7 @@ struct Stamp {
     state: EpochState,
     size_bytes: u64,
     records_written: u64,
+    coarse_changes: u64,
     folds: u64,
 }
 
@@ -114,6 +115,7 @@ impl Changes {
             // What is new on a disk that grows is recorded before the journal has the size.
             size_bytes: disk.map_or(0, |disk| disk.size_bytes),
             records_written: disk.map_or(0, |disk| disk.records_written),
+            coarse_changes: disk.map_or(0, |disk| disk.coarse_changes),
             folds: disk.map_or(0, |disk| disk.folds),
         })
     }

@@ -1,7 +1,7 @@
 //! From the bytes of a socket to the disk, and from the disk to the reply.
 //!
 //! Order of a write: payload complete; admission, which stamps the epoch and puts the record into
-//! the journal; data to the disk; reply. Admission waits for the payload, so that a client that
+//! the journal; now and then a wait until its regions are armed (`waiting`); data to the disk; reply. Admission waits for the payload, so that a client that
 //! dawdles in the middle of one cannot hold up a cut. Requests in flight have no order among
 //! each other, as the NBD specification allows. A FLUSH is a sync of the file, which covers every
 //! write that was answered on any connection.
@@ -29,7 +29,9 @@ use super::survey::Survey;
 use super::transfer::Held;
 use super::worker::{TAG_DISK, Worker};
 use crate::disk::Disk;
-use crate::extent::{Epoch, Extent};
+use crate::epoch::Admission;
+use crate::extent::Extent;
+use crate::failpoint::{Place, reached};
 use crate::nbd::reply::Address;
 use crate::nbd::request::{Command, Request, Terms, Verdict, validate, validate_block_status};
 use crate::nbd::wire::{Mode, ReplyError, RequestHeader};
@@ -204,8 +206,10 @@ impl Worker {
         let length = request.payload_bytes();
         let available = input.pending().len().min(length);
         let disk = connection.session.export;
-        if available == length && self.writes_inline(disk, &request) {
-            let outcome = self.write_inline(disk, &request, &input.pending()[..length]);
+        if available == length
+            && self.writes_inline(disk, &request)
+            && let Some(outcome) = self.write_inline(disk, &request, &input.pending()[..length])
+        {
             input.start += length;
             connection.answered_at_once += 1;
             match outcome {
@@ -256,7 +260,14 @@ impl Worker {
         });
         loop {
             let started = match self.prepare(connection, &mut operation) {
-                Ok(true) => self.start(connection, &mut operation, &disk, slot),
+                Ok(true) => {
+                    let Some(ready) = self.leave_waiting(slot, operation) else {
+                        return;
+                    };
+                    operation = ready;
+                    reached(Place::WriteAfterAdmissionBeforeData);
+                    self.start(connection, &mut operation, &disk, slot)
+                }
                 Ok(false) => {
                     self.idle_operations.push(slot);
                     return self.settle(connection, &operation.request, Ok(()));
@@ -308,18 +319,25 @@ impl Worker {
         let tag = TAG_DISK | slot as u64;
         match operation.advance(&disk, &mut self.ring, tag, result, held) {
             Outcome::Pending => self.operations[slot] = Some(operation),
-            Outcome::Done(result) => {
-                self.idle_operations.push(slot);
-                let index = operation.connection;
-                if let Some(mut connection) = self.connections.get_mut(index).and_then(Option::take)
-                {
-                    if self.part_done(&mut connection, &mut operation, result) {
-                        self.proceed(&mut connection, operation);
-                    }
-                    self.connections[index] = Some(connection);
-                    self.touch(index);
-                }
+            Outcome::Done(result) => self.finish_part(slot, operation, result),
+        }
+    }
+
+    /// A part that was begun earlier is done: the request is answered, or goes on.
+    pub(super) fn finish_part(
+        &mut self,
+        slot: usize,
+        mut operation: Operation,
+        result: Result<(), ReplyError>,
+    ) {
+        self.idle_operations.push(slot);
+        let index = operation.connection;
+        if let Some(mut connection) = self.connections.get_mut(index).and_then(Option::take) {
+            if self.part_done(&mut connection, &mut operation, result) {
+                self.proceed(&mut connection, operation);
             }
+            self.connections[index] = Some(connection);
+            self.touch(index);
         }
     }
 
@@ -342,7 +360,9 @@ impl Worker {
             operation.buffer = Some(buffer.map_err(|_| ReplyError::NoMemory)?);
         }
         let length = operation.part_bytes() as u64;
-        operation.epoch = self.admit(operation.disk, operation.request.command, start, length);
+        let admission = self.admit(operation.disk, operation.request.command, start, length);
+        operation.epoch = admission.map(|admission| admission.epoch);
+        operation.waits = admission.and_then(|admission| admission.waits);
         Ok(true)
     }
 
@@ -430,7 +450,7 @@ impl Worker {
 
 /// What concerns the disk and its tracking.
 impl Worker {
-    fn admit(&self, disk: usize, command: Command, offset: u64, length: u64) -> Option<Epoch> {
+    fn admit(&self, disk: usize, command: Command, offset: u64, length: u64) -> Option<Admission> {
         let operation = tracked(command)?;
         let extent = Extent::covering(offset, length);
         Some(
@@ -449,13 +469,23 @@ impl Worker {
             }
     }
 
-    fn write_inline(&self, disk: usize, request: &Request, data: &[u8]) -> Result<(), ReplyError> {
-        let epoch = self.admit(disk, request.command, request.offset, request.length);
-        let result = write_now(&self.shared.disks[disk], request.offset, data);
-        if let Some(epoch) = epoch {
-            self.shared.machine.complete(self.number, epoch);
+    /// Writes at once; `None` if the write has to wait for its regions.
+    fn write_inline(
+        &self,
+        disk: usize,
+        request: &Request,
+        data: &[u8],
+    ) -> Option<Result<(), ReplyError>> {
+        let admission = self.admit(disk, request.command, request.offset, request.length)?;
+        let result = admission.waits.is_none().then(|| {
+            reached(Place::WriteAfterAdmissionBeforeData);
+            write_now(&self.shared.disks[disk], request.offset, data)
+        });
+        // One that waits is admitted again on its way there.
+        self.shared.machine.complete(self.number, admission.epoch);
+        if let Some(result) = result {
+            self.count_bytes(request, result);
         }
-        self.count_bytes(request, result);
         result
     }
 
@@ -477,11 +507,7 @@ impl Worker {
     fn distrust(&self, disk: usize) {
         let path = self.shared.disks[disk].path().display();
         tracing::error!("Sync of disk {path} failed: every later FLUSH fails until a restart");
-        if let Err(error) = self
-            .shared
-            .machine
-            .mark_suspect(disk, "a sync of the disk failed")
-        {
+        if let Err(error) = self.shared.machine.note_disk_failure(disk) {
             tracing::error!("Cannot mark disk {path} as suspect: {}", error.chain());
         }
     }

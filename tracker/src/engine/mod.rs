@@ -16,6 +16,7 @@ mod survey;
 mod threads;
 mod transfer;
 mod uring;
+mod waiting;
 mod worker;
 
 #[cfg(test)]
@@ -36,6 +37,7 @@ use crate::epoch::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::handshake::Session;
 use driver::Driver;
+use waiting::Bell;
 use worker::{Counters, Order, Shared, Worker};
 
 pub use driver::{EngineChoice, EngineKind};
@@ -291,6 +293,10 @@ fn start_worker(
         orders.clone(),
         Arc::clone(&wake),
     )?;
+    let bell = Arc::new(Bell {
+        orders: orders.clone(),
+        wake: Arc::clone(&wake),
+    });
     let thread = std::thread::Builder::new()
         .name(format!("worker-{number}"))
         .spawn(move || {
@@ -309,7 +315,7 @@ fn start_worker(
                 .collect();
             let _receiver_gone = ready.send(Ok(features));
             let (counters, wake) = (thread_counters, thread_wake);
-            Worker::new(number, driver, shared, counters, receiver, wake, jobs).run()
+            Worker::new(number, driver, shared, counters, receiver, wake, jobs, bell).run()
         })
         .map_err(|error| Error::io("Cannot start a worker thread", error))?;
     let features: Vec<String> = is_ready

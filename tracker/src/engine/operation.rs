@@ -18,7 +18,7 @@ use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
 use super::driver::Driver;
 use super::transfer::Held;
 use crate::disk::Disk;
-use crate::epoch;
+use crate::epoch::{self, Era};
 use crate::extent::Epoch;
 use crate::nbd::request::{Command, Request};
 use crate::nbd::wire::ReplyError;
@@ -67,6 +67,8 @@ pub struct Operation {
     pub parts: u32,
     /// The epoch that admission stamped, if the part changes the disk.
     pub epoch: Option<Epoch>,
+    /// The part waits for its regions: the era that admission saw.
+    pub waits: Option<Era>,
     /// Data of the part from [`HEAD_BYTES`] on; gone while the kernel has them.
     pub buffer: Option<Buffer>,
     /// A sync that belonged to this request failed.
@@ -104,6 +106,7 @@ impl Operation {
             part: request.offset..request.offset,
             parts: 0,
             epoch: None,
+            waits: None,
             buffer,
             sync_failed: false,
             done_bytes: 0,

@@ -27,7 +27,7 @@ use super::status::Job;
 use super::survey::Survey;
 use super::transfer::{Completion, Held, SendBatch};
 use crate::disk::Disk;
-use crate::epoch::Machine;
+use crate::epoch::{Machine, Waiter};
 use crate::error::{Error, Result};
 use crate::nbd::handshake::Session;
 
@@ -42,6 +42,8 @@ pub enum Order {
         /// The whole reply.
         reply: Vec<u8>,
     },
+    /// The regions of the write in this slot are armed.
+    Armed(usize),
     /// Receive nothing more, finish what is in flight, then end.
     Drain,
     /// Cut the connections that are still there.
@@ -93,6 +95,8 @@ pub struct Worker {
     wake: Arc<EventFd>,
     /// To the thread that answers BLOCK_STATUS.
     pub(super) jobs: Sender<Job>,
+    /// By this the journals tell that a write may go on.
+    pub(super) bell: Arc<dyn Waiter>,
     /// Where the holes of each disk are searched.
     pub(super) surveys: Vec<Option<Survey>>,
     pub(super) pool: BufferPool,
@@ -116,9 +120,11 @@ impl Worker {
         orders: Receiver<Order>,
         wake: Arc<EventFd>,
         jobs: Sender<Job>,
+        bell: Arc<dyn Waiter>,
     ) -> Self {
         Self {
             jobs,
+            bell,
             surveys: shared.disks.iter().map(|_| None).collect(),
             number,
             ring,
@@ -192,6 +198,7 @@ impl Worker {
             match order {
                 Order::Serve(socket, session) => self.adopt(socket, session),
                 Order::Status { connection, reply } => self.status_found(connection, reply),
+                Order::Armed(slot) => self.regions_armed(slot),
                 Order::Drain => {
                     self.draining = true;
                     self.shared.draining.store(true, Ordering::Release);

@@ -5,29 +5,19 @@
 //! written. It is a cache: a bit that is missing costs one more record in the ring; a bit that is
 //! set means that the record stood in the mapping before the bit was set.
 //!
-//! When the disk grows, memory is added and none is moved, so that workers go on meanwhile without
-//! a lock. Each piece doubles the filter, so a word is found by the length of its number. A block
-//! that has no word yet counts as clear.
+//! When the disk grows, words are added and none is moved, so that workers go on meanwhile without
+//! a lock. A block that has no word yet counts as clear.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::extent::Extent;
-use crate::journal::LazyWords;
-use crate::journal::format::DISK_BLOCKS_MAX;
-
-/// Pieces that can be added: each doubles the filter, and the first has a word at least.
-const PIECES_MAX: usize = (DISK_BLOCKS_MAX / 64).ilog2() as usize;
+use crate::journal::GrowingWords;
 
 /// Filter of one epoch of one disk.
 #[derive(Debug)]
 pub struct Filter {
-    /// The words of the disk as it was opened, their number rounded up to a power of two.
-    bits: LazyWords,
-    first_words: u64,
-    /// The words added since; piece N has as many as all before it.
-    more: [OnceLock<LazyWords>; PIECES_MAX],
+    words: GrowingWords,
     set_blocks: AtomicU64,
 }
 
@@ -38,11 +28,8 @@ impl Filter {
     ///
     /// The address space cannot be had.
     pub fn new(blocks: u64) -> Result<Self> {
-        let first_words = blocks.div_ceil(64).max(1).next_power_of_two();
         Ok(Self {
-            bits: reserve(first_words)?,
-            first_words,
-            more: std::array::from_fn(|_| OnceLock::new()),
+            words: GrowingWords::new(blocks.div_ceil(64)).map_err(no_memory)?,
             set_blocks: AtomicU64::new(0),
         })
     }
@@ -53,18 +40,7 @@ impl Filter {
     ///
     /// The address space cannot be had; the filter is as it was, or has a part of the room.
     pub fn reach(&self, blocks: u64) -> Result<()> {
-        let wanted = blocks.div_ceil(64);
-        let mut words = self.first_words;
-        for piece in &self.more {
-            if words >= wanted {
-                break;
-            }
-            if piece.get().is_none() {
-                let _was_empty = piece.set(reserve(words)?);
-            }
-            words *= 2;
-        }
-        Ok(())
+        self.words.reach(blocks.div_ceil(64)).map_err(no_memory)
     }
 
     /// Whether every block of the extent is set.
@@ -97,29 +73,21 @@ impl Filter {
     ///
     /// The system refuses, which would leave bits that promise records of an older epoch.
     pub fn clear(&self) -> Result<()> {
-        let more = self.more.iter().filter_map(OnceLock::get);
-        for words in std::iter::once(&self.bits).chain(more) {
-            words
-                .clear()
-                .map_err(|error| Error::io("Cannot clear the dirty bitmap", error))?;
-        }
+        self.words
+            .clear()
+            .map_err(|error| Error::io("Cannot clear the dirty bitmap", error))?;
         self.set_blocks.store(0, Ordering::Relaxed);
         Ok(())
     }
 
     /// Calls with every word that the extent touches and the bits it has there, until `false`.
     fn each_word(&self, extent: Extent, mut visit: impl FnMut(&AtomicU64, u64) -> bool) -> bool {
-        let words = self.bits.words();
         let (mut block, end) = (extent.first_block, extent.end_block());
         while block < end {
             let first = block % 64;
             let count = (64 - first).min(end - block);
             let mask = (u64::MAX >> (64 - count)) << first;
-            let number = block / 64;
-            let Some(word) = words
-                .get(number as usize)
-                .or_else(|| self.word_of_more(number))
-            else {
+            let Some(word) = self.words.get(block / 64) else {
                 return false;
             };
             if !visit(word, mask) {
@@ -129,19 +97,10 @@ impl Filter {
         }
         true
     }
-
-    /// A word behind the first piece.
-    #[cold]
-    fn word_of_more(&self, number: u64) -> Option<&AtomicU64> {
-        let piece = (number / self.first_words).checked_ilog2()?;
-        let words = self.more.get(piece as usize)?.get()?.words();
-        words.get((number - (self.first_words << piece)) as usize)
-    }
 }
 
-fn reserve(words: u64) -> Result<LazyWords> {
-    LazyWords::new(words)
-        .map_err(|error| Error::io("Cannot reserve memory for the dirty bitmap", error))
+fn no_memory(error: std::io::Error) -> Error {
+    Error::io("Cannot reserve memory for the dirty bitmap", error)
 }
 
 #[cfg(test)]

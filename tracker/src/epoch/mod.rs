@@ -29,6 +29,8 @@ mod clock;
 
 mod filter;
 
+mod keeping;
+
 mod rates;
 
 #[cfg(test)]
@@ -38,7 +40,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -47,12 +49,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent, blocks_of};
 use crate::failpoint::{Place, reached};
 use crate::journal::state::{EpochState, reconcile};
-use crate::journal::{self, Journal, JournalOptions, Moment, RecoveryReport};
+use crate::journal::{self, Journal, JournalOptions, Marked, Moment, RecoveryReport};
 use clock::Clock;
 use filter::Filter;
 use rates::{Rates, Sample};
 
 pub use crate::journal::format::Operation;
+pub use crate::journal::{Era, Waiter};
+pub use keeping::Keepers;
 
 /// A disk and its journal.
 #[derive(Clone, Debug)]
@@ -78,6 +82,8 @@ pub struct MachineOptions {
     pub workers: usize,
     /// Size of a new ring in bytes.
     pub ring_bytes: u64,
+    /// Regions of 1 MiB that can be armed at once.
+    pub intent_regions: u32,
     /// Set existing journals aside.
     pub rebuild: bool,
     /// Keep journals; without them nothing can be cut.
@@ -134,6 +140,15 @@ pub struct DiskStatus {
     /// Records folded in a second, over the last ten.
     #[serde(default)]
     pub folded_per_second: u64,
+    /// The ring is full: changes are kept by coarse units until it has room again.
+    #[serde(default)]
+    pub ring_overflowing: bool,
+    /// Changes kept by coarse units, since the tracker started.
+    #[serde(default)]
+    pub coarse_changes: u64,
+    /// Coarse units that count as changed.
+    #[serde(default)]
+    pub coarse_units: u64,
     /// Seconds until the ring is full at this rate, if nothing is folded or committed meanwhile.
     pub ring_full_in_seconds: Option<u64>,
     /// Checkpoint sets in use, of two.
@@ -144,9 +159,43 @@ pub struct DiskStatus {
     pub records_elided: u64,
     /// Times that records were folded, since the tracker started.
     pub folds: u64,
+    /// Times that the ring was synced in the background, since the tracker started.
+    #[serde(default)]
+    pub ring_syncs: u64,
+    /// Times that another file took the place of the journal because a sync of it had failed, since the
+    /// tracker started.
+    #[serde(default)]
+    pub journal_replacements: u64,
+    /// Regions of 1 MiB that can be armed at once: so many MiB are compared after a power cut, at most.
+    #[serde(default)]
+    pub intent_regions_max: u64,
+    /// Regions that are armed.
+    #[serde(default)]
+    pub intent_regions: u64,
+    /// Transactions of the intent log, since the tracker started.
+    #[serde(default)]
+    pub intent_commits: u64,
+    /// Writes that waited for their regions to be armed, since the tracker started.
+    #[serde(default)]
+    pub intent_waits: u64,
+    /// Regions that made room for others, since the tracker started.
+    #[serde(default)]
+    pub intent_evictions: u64,
+    /// The journal cannot be written durably: a power cut would lose track of what changed.
+    #[serde(default)]
+    pub power_cut_unsafe: bool,
     /// How the disk was changed, or may have been, while no tracker served it, as this one found when
     /// it started.
     pub unserved_change: Option<String>,
+}
+
+/// A write that was stamped and recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Its stamp.
+    pub epoch: Epoch,
+    /// It has to wait for its regions: the era in which its record stood in the ring.
+    pub waits: Option<Era>,
 }
 
 /// One tracked disk.
@@ -182,15 +231,17 @@ impl TrackedDisk {
             .each_extent_after(state.open_after(), |extent| filter.insert(extent))
     }
 
-    fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) {
+    fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) -> Marked {
         self.journal.stir();
         let filter = &self.filters[(epoch.0 & 1) as usize];
         if filter.contains(extent) {
             self.elided.fetch_add(1, Ordering::Relaxed);
-            return;
+        } else {
+            self.journal.record(epoch, extent, operation);
+            filter.insert(extent);
         }
-        self.journal.record(epoch, extent, operation);
-        filter.insert(extent);
+        reached(Place::AdmitAfterRecordBeforeMark);
+        self.journal.mark(extent)
     }
 }
 
@@ -222,6 +273,7 @@ impl Machine {
                     disk_identity: spec.identity,
                     disk_size_bytes: spec.size_bytes,
                     ring_bytes: options.ring_bytes,
+                    intent_regions: options.intent_regions,
                     rebuild: options.rebuild,
                     seen: spec.seen,
                 },
@@ -263,13 +315,48 @@ impl Machine {
     }
 
     /// Stamps and records a write before its data is submitted. Wait-free, no allocation. Every
-    /// call is followed by [`Self::complete`] with the epoch returned.
-    pub fn admit(&self, worker: usize, disk: usize, extent: Extent, operation: Operation) -> Epoch {
+    /// call is followed by [`Self::complete`] with the epoch returned. If the admission says that the
+    /// write has to wait, [`Self::await_regions`] comes before its data.
+    pub fn admit(
+        &self,
+        worker: usize,
+        disk: usize,
+        extent: Extent,
+        operation: Operation,
+    ) -> Admission {
         let epoch = self.clock.enter(worker);
-        if let Some(disk) = self.disks.get(disk) {
-            disk.note(epoch, extent, operation);
+        let marked = self
+            .disks
+            .get(disk)
+            .map(|disk| disk.note(epoch, extent, operation));
+        Admission {
+            epoch,
+            waits: marked
+                .filter(|marked| !marked.armed)
+                .map(|marked| marked.era),
         }
-        epoch
+    }
+
+    /// Leaves a write that has to wait for its regions. The waiter is woken once, with this token, and
+    /// then asks [`Self::may_write`].
+    pub fn await_regions(
+        &self,
+        disk: usize,
+        extent: Extent,
+        era: Era,
+        waiter: &Arc<dyn Waiter>,
+        token: usize,
+    ) {
+        if let Some(disk) = self.disks.get(disk) {
+            disk.journal.await_regions(extent, era, waiter, token);
+        }
+    }
+
+    /// Whether the data of a write that had to wait may go to the disk.
+    pub fn may_write(&self, disk: usize, extent: Extent, era: Era) -> bool {
+        self.disks
+            .get(disk)
+            .is_none_or(|disk| disk.journal.may_write(extent, era))
     }
 
     /// The write that was admitted with this epoch has completed, well or not.
@@ -348,7 +435,7 @@ impl Machine {
         }
         for disk in &self.disks {
             disk.filters[(next.0 & 1) as usize].clear()?;
-            disk.journal.gather_alarms(closing);
+            disk.journal.gather_alarms(closing, next);
         }
         reached(Place::CutAfterGatherBeforeAdvance);
         self.clock.advance(next);
@@ -464,6 +551,19 @@ impl Machine {
         Ok(())
     }
 
+    /// A sync of the disk failed: what it holds is not what was written, nor perhaps what was captured, and
+    /// after a power cut nobody knows.
+    ///
+    /// # Errors
+    ///
+    /// The journal cannot be written durably; every block counts as changed all the same.
+    pub fn note_disk_failure(&self, disk: usize) -> Result<()> {
+        self.mark_suspect(disk, "a sync of the disk failed")?;
+        self.disks
+            .get(disk)
+            .map_or(Ok(()), |disk| disk.journal.note_disk_failure())
+    }
+
     /// The disk was looked at a moment ago, and had these times. Called often, and a last time when it
     /// changes no more.
     pub fn keep_time(&self, disk: usize, seen: Moment) {
@@ -542,6 +642,7 @@ impl Machine {
         let (capacity, used) = (ring.capacity(), ring.used());
         let (sample, rates) = disk.sample();
         let rate = rates.up_to(sample);
+        let intents = disk.journal.intent_status();
         DiskStatus {
             name: disk.spec.name.clone(),
             image: disk.spec.image.clone(),
@@ -561,6 +662,17 @@ impl Machine {
             records_written: disk.journal.records_written(),
             records_elided: disk.elided.load(Ordering::Relaxed),
             folds: disk.journal.folds(),
+            ring_overflowing: disk.journal.is_overflowing(),
+            coarse_changes: disk.journal.coarse_changes(),
+            coarse_units: disk.journal.overflow_units(),
+            ring_syncs: disk.journal.syncs(),
+            journal_replacements: disk.journal.replacements(),
+            intent_regions_max: intents.capacity,
+            intent_regions: intents.armed,
+            intent_commits: intents.commits,
+            intent_waits: intents.waits,
+            intent_evictions: intents.evictions,
+            power_cut_unsafe: intents.unguarded || disk.journal.has_failed(),
             unserved_change: disk.unserved_change.clone(),
         }
     }

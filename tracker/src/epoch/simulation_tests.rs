@@ -42,6 +42,7 @@ fn open(folder: &Path, ring_bytes: u64, sizes: [u64; DISKS]) -> Machine {
     let options = MachineOptions {
         workers: 4,
         ring_bytes,
+        intent_regions: 64,
         rebuild: false,
         tracking: true,
     };
@@ -154,7 +155,8 @@ impl World {
                         first_block: block,
                         block_count: 1,
                     };
-                    let epoch = self.machine.admit(1, disk, extent, Operation::Write);
+                    let Admission { epoch, .. } =
+                        self.machine.admit(1, disk, extent, Operation::Write);
                     self.changes[disk].entry(epoch.0).or_default().insert(block);
                     self.machine.complete(1, epoch);
                     // A full ring would make every block count, and hide what is lost.
@@ -372,7 +374,8 @@ impl Storm {
                 first_block,
                 block_count,
             };
-            let epoch = self.machine.admit(worker, disk, extent, Operation::Write);
+            let Admission { epoch, .. } =
+                self.machine.admit(worker, disk, extent, Operation::Write);
             self.in_flight[worker].store(epoch.0, Ordering::SeqCst);
             let mut changes = self.noted[disk].lock().unwrap();
             let blocks = changes.entry(epoch.0).or_default();

@@ -23,6 +23,7 @@ fn machine(folder: &Path, names: &[&str]) -> Machine {
     let options = MachineOptions {
         workers: 4,
         ring_bytes: 16 << 10,
+        intent_regions: 64,
         rebuild: false,
         tracking: true,
     };
@@ -38,7 +39,7 @@ fn change(machine: &Machine, disk: usize, first_block: u64) -> Epoch {
         first_block,
         block_count: 1,
     };
-    let epoch = machine.admit(0, disk, extent, Operation::Write);
+    let Admission { epoch, .. } = machine.admit(0, disk, extent, Operation::Write);
     machine.complete(0, epoch);
     epoch
 }
@@ -166,7 +167,7 @@ fn a_cut_that_gives_up_waiting_is_made_up_for_by_the_next() {
         first_block: 9,
         block_count: 1,
     };
-    let slow = machine.admit(1, 0, extent, Operation::Write);
+    let Admission { epoch: slow, .. } = machine.admit(1, 0, extent, Operation::Write);
     assert_eq!(
         machine.cut(Epoch::ZERO, SHORT).unwrap_err().kind(),
         ErrorKind::State

@@ -109,6 +109,15 @@ impl<'a> Alarm<'a> {
         }
     }
 
+    /// Takes over what another alarm says.
+    pub fn absorb(self, other: Alarm<'_>) {
+        for (index, word) in other.words.iter().enumerate() {
+            if let Ok(Some(epoch)) = decode_alarm(word.load(Ordering::Acquire)) {
+                self.lift(index, epoch);
+            }
+        }
+    }
+
     /// Clears what was raised in epochs up to `committed`. What is raised meanwhile for a later one
     /// stays.
     pub fn clear(self, committed: Epoch) {

@@ -4,15 +4,13 @@
 //! folded. A set knows the lowest and highest epoch folded into it, not which bit came with which
 //! epoch; it is dropped as a whole by raising its generation.
 //!
-//! Order of a fold: the pages are written; the superblock that describes the set and moves the
-//! tail is published; only then are the slots free. Dropping: the superblock with the new
-//! generation is published, then the pages are punched out.
+//! Order of a fold: see `fold`. Dropping: the superblock with the new generation is published and
+//! synced, then the pages are punched out.
 //!
 //! Crash consistency: pages written by a fold that was not published only add bits. A page whose
-//! check is wrong stands for all its blocks.
+//! check is wrong stands for all its blocks; a power cut may tear a page that a later fold adds to.
 //!
-//! What it does not handle: durability against a power cut; after one, every block counts as
-//! changed unless the journal was closed cleanly.
+//! What it does not handle: syncs.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -127,6 +125,28 @@ impl SetPlace {
         let state = judge_checkpoint_page(&bytes, page, generation);
         Ok((bytes, state))
     }
+}
+
+/// Copies the pages of a set to another place, where they are of the same generation.
+///
+/// # Errors
+///
+/// A file cannot be read or written.
+pub fn copy_pages(
+    (from_file, from): (&File, SetPlace),
+    (to_file, to): (&File, SetPlace),
+    generation: u64,
+) -> io::Result<()> {
+    let mut next = 0;
+    while let Some(page) = from.next_page(from_file, next)? {
+        let (bytes, state) = from.read_page(from_file, page, generation)?;
+        // A damaged page stays one: all its blocks go on to count.
+        if state != PageState::Foreign {
+            to_file.write_all_at(&bytes, to.page_offset(page))?;
+        }
+        next = page + 1;
+    }
+    Ok(())
 }
 
 /// The blocks of one page that are set, as extents in order.

@@ -13,7 +13,7 @@ use super::state::EpochState;
 use super::{Found, JournalOptions, Moment, Suspicion, open, verify};
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
 
-const VERSIONS: [Version; 2] = [Version::First, Version::Second];
+const VERSIONS: [Version; 3] = [Version::First, Version::Second, Version::Third];
 const BLOCKS: u64 = 256;
 const LINE_BYTES: usize = 32;
 
@@ -29,6 +29,7 @@ fn options() -> JournalOptions {
         disk_identity: *b"identity of disk",
         disk_size_bytes: BLOCKS * BLOCK_SIZE,
         ring_bytes: 16 << 10,
+        intent_regions: 64,
         rebuild: false,
         seen: Some(SEEN),
     }
@@ -38,6 +39,7 @@ fn fixture_of(version: Version) -> &'static str {
     match version {
         Version::First => include_str!("fixtures/version-1.txt"),
         Version::Second => include_str!("fixtures/version-2.txt"),
+        Version::Third => include_str!("fixtures/version-3.txt"),
     }
 }
 
@@ -135,6 +137,7 @@ fn a_disk_written_since_is_found_by_the_versions_that_keep_times() {
             Version::Second,
             Some(Suspicion::Written { modified, known }),
         ),
+        (Version::Third, Some(Suspicion::Written { modified, known })),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk.hrl");

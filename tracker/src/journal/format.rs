@@ -3,7 +3,7 @@
 //! `docs/journal-format.md` describes the same layout for people. All integers are little-endian.
 
 use xxhash_rust::xxh3::xxh3_64;
-use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::extent::{BLOCK_SIZE, Epoch, blocks_of};
@@ -13,7 +13,7 @@ pub const MAGIC: [u8; 8] = *b"TMJRNL\r\n";
 /// Stands in place of [`MAGIC`] while a superblock is being rewritten. It differs from it in every
 /// byte, so that no single damaged byte makes one of the other.
 pub const MAGIC_WRITING: [u8; 8] = [0xff; 8];
-/// Bytes of a superblock, of an intent transaction and of a checkpoint page.
+/// Bytes of a superblock, of a page of the intent log and of a checkpoint page.
 pub const PAGE_BYTES: usize = 4096;
 /// Offset of the alarm page, behind the two superblocks.
 pub const ALARM_OFFSET: u64 = 2 * PAGE_BYTES as u64;
@@ -25,10 +25,13 @@ pub const ALARM_WORDS: usize = 3;
 pub const TIME_WORDS: usize = 4;
 /// Offset of the intent log.
 pub const INTENT_OFFSET: u64 = 3 * PAGE_BYTES as u64;
-/// Transactions of the intent log.
-pub const INTENT_TRANSACTIONS: u64 = 61;
-/// Offset of the ring.
-pub const RING_OFFSET: u64 = INTENT_OFFSET + INTENT_TRANSACTIONS * PAGE_BYTES as u64;
+/// Least and greatest number of pages of the intent log. Before the third version all had the least.
+pub const INTENT_PAGES_RANGE: std::ops::RangeInclusive<u64> = 61..=1 << 12;
+/// Offset of the ring before the third version.
+const OLD_RING_OFFSET: u64 = INTENT_OFFSET + *INTENT_PAGES_RANGE.start() * PAGE_BYTES as u64;
+/// Least and greatest size of both halves of the overflow bits in new journals; where there are none the
+/// alarm stands for them.
+pub const OVERFLOW_BYTES_RANGE: std::ops::RangeInclusive<u64> = 2 * PAGE_BYTES as u64..=1 << 24;
 /// Bytes of a ring record.
 pub const RECORD_BYTES: u64 = 32;
 /// Bytes of a region, the unit of the intent log.
@@ -42,25 +45,33 @@ pub const RING_BYTES_RANGE: std::ops::RangeInclusive<u64> = 16 << 10..=4 << 30;
 pub enum Version {
     /// Superblocks, alarm, reserved intent log, ring, two checkpoint sets.
     First = 1,
-    /// The checkpoint sets may have room for a larger disk, and may lie further behind the ring. A
-    /// journal of the first version becomes one of this when its disk grows.
+    /// The checkpoint sets may have room for a larger disk, and may lie further behind the ring.
     Second = 2,
+    /// The intent log is in use, and may be longer; there may be overflow bits before the ring. A journal
+    /// of an earlier version becomes one of this when it is opened: whoever does not know the log would
+    /// write without arming a region.
+    Third = 3,
 }
 
 impl Version {
     /// The version of this number, if there is one.
     pub fn of(number: u32) -> Option<Self> {
-        [Self::First, Self::Second]
+        [Self::First, Self::Second, Self::Third]
             .into_iter()
             .find(|version| *version as u32 == number)
     }
 }
 
 /// The version of new journals.
-pub const VERSION: Version = Version::Second;
+pub const VERSION: Version = Version::Third;
 
 /// Flag of a superblock: the journal was closed after a sync and nothing was written since.
 pub const FLAG_CLEAN: u32 = 1;
+
+/// Flag of a superblock: another file has taken the place of this one.
+pub const FLAG_REPLACED: u32 = 2;
+/// Flag of a superblock: a sync of the disk has failed since the journal was opened.
+pub const FLAG_DISK_FAILED: u32 = 4;
 
 /// One of the two checkpoint sets as the superblock describes it.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -82,7 +93,7 @@ pub struct Superblock {
     pub magic: [u8; 8],
     /// A number of [`Version`].
     pub version: U32,
-    /// [`FLAG_CLEAN`] or zero.
+    /// [`FLAG_CLEAN`], [`FLAG_REPLACED`], [`FLAG_DISK_FAILED`] or zero.
     pub flags: U32,
     /// Grows with every update.
     pub sequence: U64,
@@ -126,14 +137,20 @@ pub struct Superblock {
     pub sets: [SetDescriptor; 2],
     /// Times the journal was opened.
     pub openings: U64,
+    /// Offset of the overflow bits.
+    pub overflow_offset: U64,
+    /// Bytes of the overflow bits, both halves together; zero if there are none.
+    pub overflow_bytes: U64,
+    /// Bytes of the disk that one overflow bit stands for: a power of two of regions.
+    pub overflow_unit_bytes: U64,
     reserved: [u8; SUPERBLOCK_RESERVED],
     /// xxh3-64 of all bytes before it.
     pub check: U64,
 }
 
-const SUPERBLOCK_RESERVED: usize = PAGE_BYTES - 240 - 8;
+const SUPERBLOCK_RESERVED: usize = PAGE_BYTES - 264 - 8;
 const _: () = assert!(size_of::<Superblock>() == PAGE_BYTES);
-const _: () = assert!(std::mem::offset_of!(Superblock, reserved) == 240);
+const _: () = assert!(std::mem::offset_of!(Superblock, reserved) == 264);
 
 /// Why a superblock is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -188,6 +205,16 @@ impl Superblock {
         self.ring_offset.get() + self.ring_records.get() * RECORD_BYTES
     }
 
+    /// Makes a superblock of an earlier version one of this.
+    pub fn upgrade(&mut self) {
+        if self.version.get() < Version::Third as u32 {
+            self.version = (Version::Third as u32).into();
+            self.overflow_offset = self.ring_offset;
+            self.overflow_bytes = 0.into();
+            self.overflow_unit_bytes = u64::from(REGION_BYTES).into();
+        }
+    }
+
     /// Blocks that the checkpoint sets have bits for. No record tells of others.
     pub fn room_blocks(&self) -> u64 {
         self.checkpoint_pages.get() * CHECKPOINT_PAGE_BLOCKS
@@ -209,12 +236,31 @@ impl Superblock {
         };
         RING_BYTES_RANGE.contains(&ring_bytes)
             && ring_bytes % PAGE_BYTES as u64 == 0
-            && self.intent_offset.get() == INTENT_OFFSET
-            && self.intent_bytes.get() == INTENT_TRANSACTIONS * PAGE_BYTES as u64
-            && self.ring_offset.get() == RING_OFFSET
+            && self.head_is_consistent()
             && u64::from(self.block_bytes.get()) == BLOCK_SIZE
             && self.region_bytes.get() == REGION_BYTES
-            && self.sets_are_consistent(RING_OFFSET + ring_bytes)
+            && self.sets_are_consistent(self.head_bytes())
+    }
+
+    /// Whether intent log, overflow bits and ring follow each other.
+    fn head_is_consistent(&self) -> bool {
+        let page = PAGE_BYTES as u64;
+        let (intent, overflow) = (self.intent_bytes.get(), self.overflow_bytes.get());
+        if self.version.get() < Version::Third as u32 {
+            return self.intent_offset.get() == INTENT_OFFSET
+                && self.ring_offset.get() == OLD_RING_OFFSET
+                && OLD_RING_OFFSET == INTENT_OFFSET + intent;
+        }
+        let unit = self.overflow_unit_bytes.get();
+        self.intent_offset.get() == INTENT_OFFSET
+            && intent.is_multiple_of(page)
+            && INTENT_PAGES_RANGE.contains(&(intent / page))
+            && self.overflow_offset.get() == INTENT_OFFSET + intent
+            && (overflow == 0 || OVERFLOW_BYTES_RANGE.contains(&overflow))
+            && overflow.is_multiple_of(2 * page)
+            && unit.is_power_of_two()
+            && (REGION_BYTES.into()..=DISK_BLOCKS_MAX * BLOCK_SIZE).contains(&unit)
+            && self.ring_offset.get() == INTENT_OFFSET + intent + overflow
     }
 
     fn sets_are_consistent(&self, ring_end: u64) -> bool {
@@ -222,7 +268,7 @@ impl Superblock {
         let needed = checkpoint_pages_of(self.disk_size_bytes.get());
         match Version::of(self.version.get()) {
             Some(Version::First) => offset == ring_end && pages == needed,
-            Some(Version::Second) => {
+            Some(Version::Second | Version::Third) => {
                 (ring_end..=CHECKPOINT_OFFSET_MAX).contains(&offset)
                     && offset % PAGE_BYTES as u64 == 0
                     && (needed..=CHECKPOINT_PAGES_MAX).contains(&pages)
@@ -489,26 +535,6 @@ pub fn encode_time(time: Time) -> u64 {
 pub fn decode_time(word: u64) -> Result<Option<Time>, AlarmDamaged> {
     decode_alarm(word).map(|time| time.map(|Epoch(biased)| Time(biased as i64 - TIME_BIAS)))
 }
-
-/// Head of a transaction of the intent log (reserved; all zeroes in this version of the program).
-///
-/// Each holds the regions newly armed plus a rolling part of the whole set, as region numbers
-/// relative to `first_region`.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub struct IntentHead {
-    /// xxh3-64 of all bytes behind it.
-    pub check: U64,
-    /// Grows with every transaction.
-    pub sequence: U64,
-    /// The era in which the regions are armed.
-    pub era: U64,
-    /// Number of region numbers that follow, 8 bytes each.
-    pub region_count: U16,
-    reserved: [u8; 6],
-}
-
-const _: () = assert!(size_of::<IntentHead>() == 32);
 
 #[cfg(test)]
 mod tests {

@@ -7,8 +7,8 @@
 //! Order, all under the mutex, so that nothing is folded meanwhile:
 //!
 //! 1. Sets that are too small are copied to a larger place; the file is synced; a superblock of
-//!    version 2 that names the place is published and synced; the old place is punched out.
-//! 2. The record of what is new stands in the ring.
+//!    that names the place is published and synced; the old place is punched out.
+//! 2. The record of what is new stands in the ring, durably.
 //! 3. The superblock with the larger size is published and synced.
 //!
 //! Crash consistency: before step 3 the journal is one of the smaller disk, and recovery grows it
@@ -22,14 +22,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
-use super::checkpoint::SetPlace;
+use super::checkpoint::{SetPlace, copy_pages};
+use super::create::check_trackable;
 use super::format::{
-    CHECKPOINT_OFFSET_MAX, Operation, PageState, Superblock, VERSION, Version, checkpoint_pages_of,
-    checkpoint_room_of,
+    CHECKPOINT_OFFSET_MAX, Operation, Superblock, checkpoint_pages_of, checkpoint_room_of,
 };
-use super::recovery::check_trackable;
 use super::writer::{Journal, Published};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent};
@@ -62,26 +60,25 @@ impl Journal {
             // The block in which the old end lay is among them.
             let new = Extent::covering(before, disk_size_bytes - before);
             self.record(epoch, new, Operation::Write);
+            reached(Place::GrowAfterRecordBeforeSync);
+            self.sync_published(&mut published)?;
             reached(Place::GrowAfterRecordBeforePublish);
+            self.regions.reach(disk_size_bytes).map_err(|error| {
+                Error::io("Cannot reserve memory for the regions of the disk", error)
+            })?;
         }
         let mut superblock = published.superblock;
         superblock.disk_size_bytes = disk_size_bytes.into();
         self.publish(&mut published, superblock);
         reached(Place::GrowAfterPublishBeforeSync);
-        self.sync_superblock(&published)
+        self.sync_published(&mut published)
     }
 
     /// Gives the checkpoint sets room for a disk of so many bytes.
     fn make_room(&self, published: &mut Published, disk_size_bytes: u64) -> Result<()> {
         let old = published.superblock;
         let mut new = old;
-        new.version = (VERSION as u32).into();
         if checkpoint_pages_of(disk_size_bytes) <= old.checkpoint_pages.get() {
-            if old.version.get() == Version::First as u32 {
-                // A program that knows the first version alone may find a record behind the end.
-                self.publish(published, new);
-                self.sync_superblock(published)?;
-            }
             return Ok(());
         }
         new.checkpoint_offset = old.file_bytes().into();
@@ -93,15 +90,20 @@ impl Journal {
         if old.file_bytes() > CHECKPOINT_OFFSET_MAX {
             return Err(failed(io::ErrorKind::FileTooLarge.into()));
         }
-        copy_sets(&self.file, &old, &new).map_err(failed)?;
+        let core = self.core();
+        copy_sets(&core.file, &old, &new).map_err(failed)?;
         reached(Place::GrowAfterCopyBeforeSync);
-        self.sync_file(&old)?;
+        self.sync_length(published)?;
+        if !std::ptr::eq(core, self.core()) {
+            // Another file has taken its place, where what was copied is not.
+            return Err(failed(io::ErrorKind::Interrupted.into()));
+        }
         self.publish(published, new);
-        self.sync_superblock(published)?;
+        self.sync_published(published)?;
         reached(Place::GrowAfterMoveBeforePunch);
         for set in 0..2 {
             // Nothing names these pages any more; they only take room.
-            if let Err(errno) = SetPlace::of(&old, set).punch(&self.file) {
+            if let Err(errno) = SetPlace::of(&old, set).punch(&core.file) {
                 let path = self.path().display();
                 tracing::warn!("Cannot free the former checkpoints of {path}: {errno}");
             }
@@ -118,15 +120,7 @@ fn copy_sets(file: &File, old: &Superblock, new: &Superblock) -> io::Result<()> 
     for index in 0..2 {
         let (from, to) = (SetPlace::of(old, index), SetPlace::of(new, index));
         let generation = old.sets[index].generation.get();
-        let mut next = 0;
-        while let Some(page) = from.next_page(file, next)? {
-            let (bytes, state) = from.read_page(file, page, generation)?;
-            // A damaged page stays one: all its blocks go on to count.
-            if state != PageState::Foreign {
-                file.write_all_at(&bytes, to.page_offset(page))?;
-            }
-            next = page + 1;
-        }
+        copy_pages((file, from), (file, to), generation)?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::format::{PAGE_BYTES, RING_OFFSET, Superblock, SuperblockFault, VERSION};
+use super::format::{INTENT_OFFSET, PAGE_BYTES, Superblock, SuperblockFault, VERSION};
 use super::mapping::SharedWords;
 use super::writer::distrusted;
 use crate::error::{Error, ErrorKind, Result};
@@ -45,12 +45,13 @@ pub(super) fn decode_superblocks(
     )
 }
 
-/// The superblock that counts, and where it stands.
+/// The superblock that counts, where it stands, and whether the other one is damaged. The latter is an
+/// error unless it is of another boot than this.
 pub(super) fn read_superblock(
     path: &Path,
     words: &SharedWords,
     boot: Option<[u8; 16]>,
-) -> Result<(Superblock, usize)> {
+) -> Result<(Superblock, usize, bool)> {
     let decoded = decode_superblocks(words);
     for (copy, result) in decoded.iter().enumerate() {
         if let Err(SuperblockFault::Future(version)) = result {
@@ -75,14 +76,16 @@ pub(super) fn read_superblock(
         .iter()
         .position(|r| r.as_ref().err() == Some(&SuperblockFault::Damaged));
     match (newest, damaged) {
-        // After a power cut a torn copy is nothing unusual, and nothing else is trusted anyway.
-        (Some(newest), Some(_)) if boot.is_some_and(|boot| newest.0.boot_id != boot) => Ok(newest),
+        // After a power cut a torn copy is nothing unusual.
+        (Some((newest, copy)), Some(_)) if boot.is_some_and(|boot| newest.boot_id != boot) => {
+            Ok((newest, copy, true))
+        }
         (_, Some(copy)) => Err(distrusted(
             ErrorKind::Corrupt,
             path,
             &format!("the superblock at offset {} is damaged", copy * PAGE_BYTES),
         )),
-        (Some(newest), None) => Ok(newest),
+        (Some((newest, copy)), None) => Ok((newest, copy, false)),
         (None, None) => Err(distrusted(
             ErrorKind::Corrupt,
             path,
@@ -91,21 +94,32 @@ pub(super) fn read_superblock(
     }
 }
 
+/// The mapped head of a journal.
+pub(super) struct Head {
+    pub words: SharedWords,
+    /// The superblock that counts.
+    pub superblock: Superblock,
+    /// Which copy it is.
+    pub copy: usize,
+    /// The other one is damaged.
+    pub damaged_copy: bool,
+}
+
 /// Maps the head of a journal and checks that it is all there.
 pub(super) fn map_checked(
     path: &Path,
     file: &File,
     writable: bool,
     boot: Option<[u8; 16]>,
-) -> Result<(SharedWords, Superblock, usize)> {
+) -> Result<Head> {
     let io = |error| Error::io(format!("Cannot map journal {}", path.display()), error);
     let length = || Ok(file.metadata().map_err(io)?.len());
-    if length()? < RING_OFFSET {
+    if length()? < INTENT_OFFSET {
         let what = format!("it is cut short at {} bytes", length()?);
         return Err(distrusted(ErrorKind::Corrupt, path, &what));
     }
-    let words = SharedWords::readable(file, RING_OFFSET).map_err(io)?;
-    let (superblock, copy) = read_superblock(path, &words, boot)?;
+    let words = SharedWords::readable(file, INTENT_OFFSET).map_err(io)?;
+    let (superblock, copy, damaged_copy) = read_superblock(path, &words, boot)?;
     if !superblock.layout_is_consistent() {
         let what = "the superblock lays out areas that this version does not have";
         return Err(distrusted(ErrorKind::Corrupt, path, what));
@@ -129,9 +143,10 @@ pub(super) fn map_checked(
     } else {
         SharedWords::readable
     };
-    Ok((
-        map(file, superblock.head_bytes()).map_err(io)?,
+    Ok(Head {
+        words: map(file, superblock.head_bytes()).map_err(io)?,
         superblock,
         copy,
-    ))
+        damaged_copy,
+    })
 }

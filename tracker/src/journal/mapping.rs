@@ -53,11 +53,6 @@ impl SharedWords {
         }
         Some(())
     }
-
-    /// Writes a range back to the disk and waits for it.
-    pub fn sync(&self, offset: u64, length_bytes: u64) -> io::Result<()> {
-        self.map.flush_range(offset as usize, length_bytes as usize)
-    }
 }
 
 fn options(length_bytes: u64) -> io::Result<MmapOptions> {
@@ -96,5 +91,30 @@ impl LazyWords {
         // SAFETY: the memory is private and anonymous, where DONTNEED means zero on next access
         // (madvise(2)); only atomics point into it, and zero is a valid value for them.
         unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) }
+    }
+}
+
+/// A page of memory that lies where direct I/O wants it.
+#[derive(Debug)]
+pub struct PageBuffer {
+    map: MmapMut,
+}
+
+impl PageBuffer {
+    /// A page of zeroes.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            map: MmapMut::map_anon(super::format::PAGE_BYTES)?,
+        })
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// Its bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.map
     }
 }

@@ -9,19 +9,43 @@ pub mod state;
 
 mod mapping;
 
+mod words;
+
 mod ring;
 
 mod alarm;
 
+mod overflow;
+
 mod checkpoint;
+
+pub mod intent;
 
 mod witness;
 
+mod core;
+
 mod writer;
+
+mod update;
+
+mod fold;
+
+mod guard;
+
+mod replace;
 
 mod growth;
 
 mod head;
+
+mod create;
+
+pub mod verdict;
+
+mod evidence;
+
+mod report;
 
 mod recovery;
 
@@ -36,8 +60,12 @@ mod simulation_tests;
 #[cfg(test)]
 mod tests;
 
-pub use mapping::LazyWords;
-pub use recovery::{Found, JournalOptions, RecoveryReport, open};
+pub use intent::{Era, Marked, Waiter};
+pub use recovery::{JournalOptions, open};
+pub use report::{Found, RecoveryReport};
 pub use verify::{VerifyReport, dump, verify};
-pub use witness::{CLOCK_STEP_MS, MARGIN_MS, Moment, Suspicion};
-pub use writer::Journal;
+pub use witness::{
+    CLOCK_STEP_MS, MARGIN_MS, Moment, POWER_CUT_LAG_MS, POWER_CUT_MARGIN_MS, Suspicion,
+};
+pub use words::GrowingWords;
+pub use writer::{IntentStatus, Journal};

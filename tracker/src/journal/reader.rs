@@ -15,10 +15,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{SetPlace, extents_of_page};
-use super::format::{Operation, PageState, RECORD_BYTES, Slot, Superblock};
-use super::head::{map_checked, read_superblock};
+use super::evidence::{latest_alarm, read_alarm, read_overflow};
+use super::format::{FLAG_REPLACED, Operation, PageState, RECORD_BYTES, Slot, Superblock};
+use super::head::{Head, map_checked, read_superblock};
 use super::mapping::SharedWords;
-use super::recovery::{latest_alarm, read_alarm};
+use super::overflow::OverflowPlace;
 use super::ring::read_slot;
 use super::state::EpochState;
 use super::writer::distrusted;
@@ -48,7 +49,9 @@ impl JournalReader {
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path)
             .map_err(|error| Error::io(format!("Cannot open journal {}", path.display()), error))?;
-        let (words, superblock, _) = map_checked(path, &file, false, None)?;
+        let Head {
+            words, superblock, ..
+        } = map_checked(path, &file, false, None)?;
         let journal_id = uuid::Uuid::from_bytes(superblock.journal_id)
             .simple()
             .to_string();
@@ -75,7 +78,17 @@ impl JournalReader {
     }
 
     fn superblock(&self) -> Result<Superblock> {
-        Ok(read_superblock(&self.path, &self.words, None)?.0)
+        let (superblock, ..) = read_superblock(&self.path, &self.words, None)?;
+        if superblock.flags.get() & FLAG_REPLACED == 0 {
+            return Ok(superblock);
+        }
+        Err(Error::new(
+            ErrorKind::State,
+            format!(
+                "Another file has taken the place of journal {}: open it again",
+                self.path.display()
+            ),
+        ))
     }
 
     /// The watermarks at this moment; `resync` includes the latest alarm.
@@ -100,7 +113,7 @@ impl JournalReader {
             let superblock = self.superblock()?;
             let alarms = read_alarm(&self.path, &self.words)?;
             reached(Place::ReadAfterSuperblockBeforeRing);
-            let ring = self.ring_extents(&superblock, after, through)?;
+            let ring = self.mapped_extents(&superblock, after, through)?;
             let within = |epoch: Epoch| after < epoch && epoch <= through;
             let resync = EpochState::of(&superblock).resync;
             let all = resync.into_iter().chain(alarms).any(within);
@@ -138,7 +151,8 @@ impl JournalReader {
         ))
     }
 
-    fn ring_extents(
+    /// What ring and overflow bits tell.
+    fn mapped_extents(
         &self,
         superblock: &Superblock,
         after: Epoch,
@@ -172,6 +186,17 @@ impl JournalReader {
                 });
             }
         }
+        let overflow = OverflowPlace::of(superblock).bits(&self.words);
+        // If one is damaged, its bits may be of any epoch.
+        read_overflow(&self.path, &self.words, superblock)?;
+        overflow.each_extent(after, through, |mut extent| {
+            extent.block_count = extent
+                .block_count
+                .min(blocks.saturating_sub(extent.first_block));
+            if extent.block_count > 0 {
+                extents.push(extent);
+            }
+        });
         coalesce(&mut extents);
         Ok(extents)
     }

@@ -6,13 +6,14 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use super::checkpoint::SetPlace;
+use super::evidence::{read_alarm, read_intents, scan_live};
 use super::format::{
-    ALARM_OFFSET, ALARM_WORDS, FLAG_CLEAN, PAGE_BYTES, PageState, RECORD_BYTES, RING_OFFSET, Slot,
-    Superblock, SuperblockFault, TIME_WORDS, decode_alarm,
+    ALARM_OFFSET, ALARM_WORDS, FLAG_CLEAN, INTENT_OFFSET, PAGE_BYTES, PageState, RECORD_BYTES,
+    Slot, Superblock, SuperblockFault, TIME_WORDS, Version, decode_alarm,
 };
-use super::head::{decode_superblocks, map_checked};
+use super::head::{Head, decode_superblocks, map_checked};
 use super::mapping::SharedWords;
-use super::recovery::{read_alarm, scan_live};
+use super::overflow::OverflowPlace;
 use super::ring::read_slot;
 use super::state::EpochState;
 use super::witness::{Note, Witness};
@@ -40,16 +41,18 @@ pub fn verify(path: &Path) -> Result<VerifyReport> {
     let file = open(path)?;
     let mut report = VerifyReport::default();
     let io = |error| Error::io(format!("Cannot read journal {}", path.display()), error);
-    if file.metadata().map_err(io)?.len() < RING_OFFSET {
+    if file.metadata().map_err(io)?.len() < INTENT_OFFSET {
         report.problems.push(format!(
-            "It is shorter than the {RING_OFFSET} bytes of its head"
+            "It is shorter than the {INTENT_OFFSET} bytes of its head"
         ));
         return Ok(report);
     }
-    let head = SharedWords::readable(&file, RING_OFFSET).map_err(io)?;
+    let head = SharedWords::readable(&file, INTENT_OFFSET).map_err(io)?;
     verify_superblocks(&head, &mut report);
-    let (words, superblock, _) = match map_checked(path, &file, false, None) {
-        Ok(mapped) => mapped,
+    let Head {
+        words, superblock, ..
+    } = match map_checked(path, &file, false, None) {
+        Ok(head) => head,
         Err(error) => {
             if report.problems.is_empty() {
                 report.problems.push(error.to_string());
@@ -62,20 +65,14 @@ pub fn verify(path: &Path) -> Result<VerifyReport> {
             .problems
             .push("The watermarks of its epochs contradict each other".to_owned());
     }
-    let alarm_words = &words.words()[ALARM_OFFSET as usize / 8..RING_OFFSET as usize / 8];
-    for (index, word) in alarm_words.iter().enumerate() {
-        let word = word.load(Ordering::Acquire);
-        let whole = if index < ALARM_WORDS + TIME_WORDS {
-            decode_alarm(word).is_ok()
-        } else {
-            word == 0
-        };
-        if !whole {
-            let offset = ALARM_OFFSET + index as u64 * 8;
-            report
-                .problems
-                .push(format!("The word at offset {offset} is damaged"));
-        }
+    verify_words(&words, &superblock, &mut report);
+    if superblock.version.get() >= Version::Third as u32
+        && let Err(damaged) = read_intents(&words, &superblock)
+    {
+        let offset = INTENT_OFFSET + damaged.page * PAGE_BYTES as u64;
+        report.problems.push(format!(
+            "The page at offset {offset} of the intent log is damaged"
+        ));
     }
     verify_ring(path, &words, &superblock, &mut report);
     verify_checkpoints(&file, &superblock, &mut report).map_err(io)?;
@@ -94,6 +91,33 @@ fn verify_superblocks(head: &SharedWords, report: &mut VerifyReport) {
             }
             Err(SuperblockFault::Future(version)) => {
                 let line = format!("The superblock at offset {offset} is of version {version}");
+                report.problems.push(line);
+            }
+        }
+    }
+}
+
+/// The words that carry a check of their own: alarm, times, overflow bits. Others stay zero.
+fn verify_words(words: &SharedWords, superblock: &Superblock, report: &mut VerifyReport) {
+    let checked = (ALARM_WORDS + TIME_WORDS) as u64 * 8;
+    let overflow = superblock.overflow_offset.get();
+    let areas = [
+        (ALARM_OFFSET..ALARM_OFFSET + checked, true),
+        (ALARM_OFFSET + checked..INTENT_OFFSET, false),
+        (overflow..overflow + superblock.overflow_bytes.get(), true),
+    ];
+    for (area, is_checked) in areas {
+        for offset in area.step_by(8) {
+            let Some(word) = words.words().get(offset as usize / 8) else {
+                return;
+            };
+            let word = word.load(Ordering::Acquire);
+            let whole = match is_checked {
+                true => decode_alarm(word).is_ok(),
+                false => word == 0,
+            };
+            if !whole {
+                let line = format!("The word at offset {offset} is damaged");
                 report.problems.push(line);
             }
         }
@@ -157,10 +181,11 @@ fn verify_checkpoints(
 /// It cannot be read or trusted, or `out` cannot be written to.
 pub fn dump(path: &Path, out: &mut dyn Write) -> Result<()> {
     let file = open(path)?;
-    let (words, _, _) = map_checked(path, &file, false, None)?;
+    let Head { words, .. } = map_checked(path, &file, false, None)?;
     let (superblock, scan) = scan_live(path, &words)?;
     let alarms = read_alarm(path, &words)?;
     let printed = print(out, &superblock, &alarms, &scan.records)
+        .and_then(|()| print_coarse(out, &words, &superblock))
         .and_then(|()| print_times(out, Witness::of(&words).read()));
     match printed {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
@@ -226,6 +251,39 @@ fn print(
         )?;
     }
     Ok(())
+}
+
+/// Prints what is known by the region or by coarser units.
+fn print_coarse(
+    out: &mut dyn Write,
+    words: &SharedWords,
+    superblock: &Superblock,
+) -> std::io::Result<()> {
+    match read_intents(words, superblock) {
+        Ok(armed) => {
+            writeln!(
+                out,
+                "intent log: transaction {}, {} regions armed",
+                armed.next - 1,
+                armed.regions.len()
+            )?;
+            for region in armed.regions {
+                writeln!(out, "armed region {region}")?;
+            }
+        }
+        Err(damaged) => writeln!(out, "intent log: page {} is damaged", damaged.page)?,
+    }
+    let mut result = Ok(());
+    let bits = OverflowPlace::of(superblock).bits(words);
+    bits.each_extent(Epoch::ZERO, Epoch(u64::MAX), |extent| {
+        let line = writeln!(
+            out,
+            "overflow: block {} count {}",
+            extent.first_block, extent.block_count
+        );
+        result = std::mem::replace(&mut result, Ok(())).and(line);
+    });
+    result
 }
 
 fn print_times(

@@ -12,6 +12,7 @@
 //! | not closed | from the time kept to [`MARGIN_MS`] after the last sign of a write | ours |
 //! | not closed | later or earlier than that | written, or put back |
 //! | not closed, and the clock was set since | | cannot be told |
+//! | not closed, and the machine went down | the same with wider margins, and the clock is not asked | |
 //! | keeps damaged times | | cannot be told |
 //!
 //! What cannot be told counts as written: a needless comparison costs reads, a missed one costs the
@@ -21,8 +22,9 @@
 //! sign of a write is taken back. A write that comes in between bears a time shortly after the look.
 //!
 //! Crash consistency: each word is whole after SIGKILL. With some of them new and some old, the time
-//! of the look is the newest, so the bounds are wider by the time between two looks. Of another
-//! boot nothing is asked: after a power cut every block counts as changed anyway.
+//! of the look is the newest, so the bounds are wider by the time between two looks. After a power cut
+//! the words are as they were at some moment since the last sync of the journal, and the time of the file
+//! as its file system wrote it last; the margins are wider by that.
 //!
 //! What it does not handle: devices, whose times mean nothing; writes by somebody else while a
 //! tracker serves the disk, or within the margin after its last write and a kill; somebody who sets
@@ -43,6 +45,12 @@ use super::mapping::SharedWords;
 /// after the kill. More than a few seconds is rare and costs a comparison; and nobody opens the image
 /// and writes to it so soon after a kill.
 pub const MARGIN_MS: i64 = 5_000;
+/// The same after a power cut, by which the last signs may be lost: those since the last sync of the
+/// journal, which come once a second unless the storage is slow.
+pub const POWER_CUT_MARGIN_MS: i64 = 15_000;
+/// By how much the time of a file may be older after a power cut than it was: file systems write times
+/// back within half a minute.
+pub const POWER_CUT_LAG_MS: i64 = 90_000;
 /// By how much the two clocks may part before they count as set. Above a leap second, and far above
 /// what passes between two questions to the kernel; slewing moves both.
 pub const CLOCK_STEP_MS: i64 = 2_000;
@@ -144,10 +152,21 @@ impl fmt::Display for Suspicion {
     }
 }
 
+/// How the tracker that kept the times ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// It closed the journal.
+    Closed,
+    /// It was killed, in this boot of the machine.
+    Killed,
+    /// The machine went down.
+    PowerCut,
+}
+
 /// Compares what was kept with the disk as it is now. Pure.
 pub(super) fn judge(
     kept: Result<Option<Note>, u64>,
-    clean: bool,
+    ending: Ending,
     now: Option<Moment>,
 ) -> Option<Suspicion> {
     let now = now?;
@@ -156,12 +175,20 @@ pub(super) fn judge(
     };
     let Note { seen, stirred } = kept?;
     // A journal that is closed has been told of the last write by the last look.
-    let exact = clean && stirred.is_none();
-    if !exact && seen.booted.0.abs_diff(now.booted.0) > CLOCK_STEP_MS as u64 {
+    let exact = ending == Ending::Closed && stirred.is_none();
+    if ending != Ending::PowerCut
+        && !exact
+        && seen.booted.0.abs_diff(now.booted.0) > CLOCK_STEP_MS as u64
+    {
         return Some(Suspicion::ClockSet);
     }
     let modified = now.modified;
-    if modified < seen.modified {
+    // What the file system had not written of its times is lost with the power.
+    let lag = match ending {
+        Ending::PowerCut => POWER_CUT_LAG_MS,
+        Ending::Closed | Ending::Killed => 0,
+    };
+    if modified.0.saturating_add(lag) < seen.modified.0 {
         let known = seen.modified;
         return Some(Suspicion::PutBack { modified, known });
     }
@@ -169,7 +196,11 @@ pub(super) fn judge(
         seen.modified
     } else {
         let sign = stirred.map_or(seen.looked, |time| time.max(seen.looked));
-        Time(sign.0.saturating_add(MARGIN_MS))
+        let margin = match ending {
+            Ending::PowerCut => POWER_CUT_MARGIN_MS,
+            Ending::Closed | Ending::Killed => MARGIN_MS,
+        };
+        Time(sign.0.saturating_add(margin))
     };
     (modified > known).then_some(Suspicion::Written { modified, known })
 }
@@ -286,8 +317,8 @@ mod tests {
         Damaged,
     }
 
-    fn verdict(kept: Result<Option<Note>, u64>, clean: bool, now: Option<Moment>) -> Verdict {
-        match judge(kept, clean, now) {
+    fn verdict(kept: Result<Option<Note>, u64>, ending: Ending, now: Option<Moment>) -> Verdict {
+        match judge(kept, ending, now) {
             None => Verdict::Ours,
             Some(Suspicion::Written { .. }) => Verdict::Written,
             Some(Suspicion::PutBack { .. }) => Verdict::PutBack,
@@ -298,48 +329,64 @@ mod tests {
 
     #[test]
     fn times_are_judged() {
+        use Ending::{Closed, Killed, PowerCut};
         use Verdict::{ClockSet, Ours, PutBack, Written};
         let end = LOOKED + MARGIN_MS;
+        let cut_end = LOOKED + POWER_CUT_MARGIN_MS;
         let busy_end = LATER + MARGIN_MS;
         let step = CLOCK_STEP_MS;
-        // Closed cleanly; the first write since the last look; the disk's time; by how much the clock
+        // How it ended; the first write since the last look; the disk's time; by how much the clock
         // was set.
         let table = [
-            (true, None, MODIFIED, 0, Ours),
-            (true, None, MODIFIED + 1, 0, Written),
-            (true, None, MODIFIED - 1, 0, PutBack),
-            (true, None, i64::MAX, 0, Written),
-            (true, None, i64::MIN, 0, PutBack),
+            (Closed, None, MODIFIED, 0, Ours),
+            (Closed, None, MODIFIED + 1, 0, Written),
+            (Closed, None, MODIFIED - 1, 0, PutBack),
+            (Closed, None, i64::MAX, 0, Written),
+            (Closed, None, i64::MIN, 0, PutBack),
             // The times of a clean close are equal or not, whatever the clock or the boot is.
-            (true, None, MODIFIED, 86_400_000, Ours),
-            (true, None, MODIFIED + 1, -86_400_000, Written),
-            (false, None, MODIFIED, 0, Ours),
-            (false, None, MODIFIED - 1, 0, PutBack),
-            (false, None, LOOKED, 0, Ours),
-            (false, None, end, 0, Ours),
-            (false, None, end + 1, 0, Written),
-            (false, Some(LATER), MODIFIED - 1, 0, PutBack),
-            (false, Some(LATER), MODIFIED, 0, Ours),
-            (false, Some(LATER), end + 1, 0, Ours),
-            (false, Some(LATER), busy_end, 0, Ours),
-            (false, Some(LATER), busy_end + 1, 0, Written),
+            (Closed, None, MODIFIED, 86_400_000, Ours),
+            (Closed, None, MODIFIED + 1, -86_400_000, Written),
+            (Killed, None, MODIFIED, 0, Ours),
+            (Killed, None, MODIFIED - 1, 0, PutBack),
+            (Killed, None, LOOKED, 0, Ours),
+            (Killed, None, end, 0, Ours),
+            (Killed, None, end + 1, 0, Written),
+            (Killed, Some(LATER), MODIFIED - 1, 0, PutBack),
+            (Killed, Some(LATER), MODIFIED, 0, Ours),
+            (Killed, Some(LATER), end + 1, 0, Ours),
+            (Killed, Some(LATER), busy_end, 0, Ours),
+            (Killed, Some(LATER), busy_end + 1, 0, Written),
             // A sign from before the look: the tracker was killed before it was taken back.
-            (false, Some(MODIFIED), end, 0, Ours),
-            (false, Some(MODIFIED), end + 1, 0, Written),
-            (false, None, MODIFIED, step, Ours),
-            (false, None, MODIFIED, -step, Ours),
-            (false, None, MODIFIED, step + 1, ClockSet),
-            (false, None, MODIFIED, -step - 1, ClockSet),
-            (false, Some(LATER), MODIFIED - 1, i64::MIN / 2, ClockSet),
+            (Killed, Some(MODIFIED), end, 0, Ours),
+            (Killed, Some(MODIFIED), end + 1, 0, Written),
+            (Killed, None, MODIFIED, step, Ours),
+            (Killed, None, MODIFIED, -step, Ours),
+            (Killed, None, MODIFIED, step + 1, ClockSet),
+            (Killed, None, MODIFIED, -step - 1, ClockSet),
+            (Killed, Some(LATER), MODIFIED - 1, i64::MIN / 2, ClockSet),
             // Closed without a last look.
-            (true, Some(LATER), busy_end, 0, Ours),
-            (true, Some(LATER), busy_end + 1, 0, Written),
-            (true, Some(LATER), MODIFIED, step + 1, ClockSet),
+            (Closed, Some(LATER), busy_end, 0, Ours),
+            (Closed, Some(LATER), busy_end + 1, 0, Written),
+            (Closed, Some(LATER), MODIFIED, step + 1, ClockSet),
+            // Another boot, whose clocks mean nothing to this one.
+            (PowerCut, None, MODIFIED, step + 1, Ours),
+            (PowerCut, None, cut_end, 0, Ours),
+            (PowerCut, None, cut_end + 1, 0, Written),
+            (PowerCut, Some(LATER), LATER + POWER_CUT_MARGIN_MS, 0, Ours),
+            (
+                PowerCut,
+                Some(LATER),
+                LATER + POWER_CUT_MARGIN_MS + 1,
+                0,
+                Written,
+            ),
+            (PowerCut, None, MODIFIED - POWER_CUT_LAG_MS, 0, Ours),
+            (PowerCut, None, MODIFIED - POWER_CUT_LAG_MS - 1, 0, PutBack),
         ];
-        for (clean, stirred, modified, set, expected) in table {
+        for (ending, stirred, modified, set, expected) in table {
             let now = Some(at_start(modified, BOOTED + set));
-            let found = verdict(Ok(Some(note(stirred))), clean, now);
-            let what = format!("clean {clean}, {stirred:?}, {modified}, clock {set}");
+            let found = verdict(Ok(Some(note(stirred))), ending, now);
+            let what = format!("{ending:?}, {stirred:?}, {modified}, clock {set}");
             assert_eq!(found, expected, "{what}");
         }
     }
@@ -347,11 +394,11 @@ mod tests {
     #[test]
     fn what_is_not_known_is_no_verdict_and_what_is_damaged_is_one() {
         let now = Some(at_start(MODIFIED + 1, BOOTED));
-        for clean in [true, false] {
-            assert_eq!(verdict(Ok(None), clean, now), Verdict::Ours);
-            assert_eq!(verdict(Ok(Some(note(None))), clean, None), Verdict::Ours);
-            assert_eq!(verdict(Err(8216), clean, None), Verdict::Ours);
-            assert_eq!(verdict(Err(8216), clean, now), Verdict::Damaged);
+        for ending in [Ending::Closed, Ending::Killed, Ending::PowerCut] {
+            assert_eq!(verdict(Ok(None), ending, now), Verdict::Ours);
+            assert_eq!(verdict(Ok(Some(note(None))), ending, None), Verdict::Ours);
+            assert_eq!(verdict(Err(8216), ending, None), Verdict::Ours);
+            assert_eq!(verdict(Err(8216), ending, now), Verdict::Damaged);
         }
     }
 

@@ -1,100 +1,113 @@
 //! The journal of one disk as its tracker writes it.
 //!
-//! Overview: `record` is on the way of every write and takes no lock. Everything else (superblock
-//! updates, folding, trimming) is done by one thread at a time under the mutex.
+//! Overview: `record` and `mark` are on the way of every write and take no lock. Everything else is done
+//! by one thread at a time under the mutex: superblocks (`update`), folding (`fold`), growth (`growth`),
+//! another file (`replace`). Arming and the background sync are in `guard`.
 //!
-//! Order: a superblock is published by rewriting the copy that does not count: its magic is
-//! replaced by a mark, its other words are stored, its magic last. Slots of the ring are freed
-//! only after the superblock that no longer needs them is published.
+//! Order of locks: the mutex of what is published, then that of the intent log.
 //!
-//! Crash consistency: after SIGKILL the page cache holds every store up to it, in order. One copy
-//! of the superblock is always whole; a copy in rewriting carries the mark. When the ring is full
-//! the alarm is raised before the write goes on, so coverage is never lost: every block then
-//! counts as changed.
-//!
-//! What it does not handle: power cuts. The superblock is synced each time, the ring only at a clean
-//! close; after a boot without one every block counts as changed. A sync that failed is believed
-//! never again: the kernel calls pages clean that it could not write, and may drop them. Every block
-//! then counts as changed, and the journal is not marked clean any more.
+//! Crash consistency: after SIGKILL the page cache holds every store up to it, in order. When the ring is
+//! full, overflow bits or the alarm say so before the write goes on, so coverage is never lost. After a
+//! power cut each page of the file is as it was at some moment since the last sync; see `intent` for the
+//! records that are lost with it. Slots of the ring and pages of sets are used again only when the
+//! superblock that does not need them any more is durable, and whatever a superblock relies on is durable
+//! before it is stored, since it may be written back at once.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use nix::fcntl::Flock;
-use zerocopy::IntoBytes;
-
-use super::alarm::Alarm;
-use super::checkpoint::{Folding, SetPlace};
-use super::format::{
-    ALARM_OFFSET, FLAG_CLEAN, MAGIC, MAGIC_WRITING, Operation, PAGE_BYTES, RECORD_BLOCKS_MAX,
-    Record, SetDescriptor, Slot, Superblock,
-};
-use super::mapping::SharedWords;
+use super::checkpoint::SetPlace;
+use super::core::Core;
+use super::format::{Operation, Record, Slot, Superblock};
+use super::intent::{Era, IntentLog, Keeper, Marked, Regions};
 use super::ring::Ring;
 use super::state::EpochState;
 use super::witness::{Moment, Witness};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent};
-use crate::failpoint::{Place, reached};
 
-/// Past this share of the ring, in percent, the oldest records are folded.
-const FOLD_ABOVE_PERCENT: u64 = 70;
-/// Folding goes on down to this share.
-const FOLD_DOWN_TO_PERCENT: u64 = 50;
-
-/// A word of the superblock that stands between those that change.
-const SUPERBLOCK_MIDDLE_WORD: usize = std::mem::offset_of!(Superblock, resync) / 8;
+/// Files that can take the place of the first one while a tracker runs. Each failed sync costs one.
+pub(super) const REPLACEMENTS_MAX: usize = 15;
 
 /// The superblock as last published, and which copy holds it.
 pub(super) struct Published {
     pub(super) superblock: Superblock,
-    copy: usize,
+    pub(super) copy: usize,
+}
+
+/// What has been done since the journal was opened.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub folds: AtomicU64,
+    pub folded: AtomicU64,
+    pub written: AtomicU64,
+    pub coarse: AtomicU64,
+    pub syncs: AtomicU64,
+    pub replacements: AtomicU64,
+}
+
+/// What the intent log has done since the journal was opened, and how much it covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IntentStatus {
+    /// Regions that can be armed at once.
+    pub capacity: u64,
+    /// Regions that are armed.
+    pub armed: u64,
+    /// Transactions written.
+    pub commits: u64,
+    /// Writes that waited for one, or for a sync.
+    pub waits: u64,
+    /// Regions that made room for others.
+    pub evictions: u64,
+    /// Regions cannot be armed: a power cut would lose track.
+    pub unguarded: bool,
 }
 
 /// The journal of one disk, locked by its tracker.
 pub struct Journal {
     path: PathBuf,
-    pub(super) file: Flock<File>,
-    words: SharedWords,
-    ring: Ring,
+    /// The file that was opened.
+    first: Core,
+    /// Those that have taken or are about to take its place. None is given up while the tracker runs: a
+    /// worker may be about to store to it.
+    pub(super) others: [OnceLock<Core>; REPLACEMENTS_MAX],
+    /// The one in use: zero is the first.
+    pub(super) current: AtomicUsize,
+    /// The one in use, or the one that is about to be.
+    pub(super) latest: AtomicUsize,
     published: Mutex<Published>,
-    sync_failed: AtomicBool,
-    folds: AtomicU64,
-    folded: AtomicU64,
-    written: AtomicU64,
+    pub(super) regions: Regions,
+    pub(super) intents: Mutex<IntentLog>,
+    pub(super) keeper: Keeper,
+    pub(super) sync_failed: AtomicBool,
+    pub(super) counters: Counters,
     #[cfg(test)]
-    failing: AtomicBool,
+    pub(super) failing: AtomicBool,
 }
 
 impl Journal {
     /// A journal over a file that recovery has checked; `copy` is the superblock that counts.
     pub(super) fn new(
         path: PathBuf,
-        file: Flock<File>,
-        words: SharedWords,
+        core: Core,
         superblock: Superblock,
         copy: usize,
-        head: u64,
+        intents: IntentLog,
+        regions: Regions,
     ) -> Self {
-        let first_word = superblock.ring_offset.get() as usize / 8;
-        let ring = Ring::new(
-            first_word,
-            superblock.ring_records.get(),
-            superblock.ring_tail.get(),
-            head,
-        );
         Self {
             path,
-            file,
-            words,
-            ring,
+            first: core,
+            others: [const { OnceLock::new() }; REPLACEMENTS_MAX],
+            current: AtomicUsize::new(0),
+            latest: AtomicUsize::new(0),
             published: Mutex::new(Published { superblock, copy }),
+            regions,
+            intents: Mutex::new(intents),
+            keeper: Keeper::default(),
             sync_failed: AtomicBool::new(false),
-            folds: AtomicU64::new(0),
-            folded: AtomicU64::new(0),
-            written: AtomicU64::new(0),
+            counters: Counters::default(),
             #[cfg(test)]
             failing: AtomicBool::new(false),
         }
@@ -105,74 +118,145 @@ impl Journal {
         &self.path
     }
 
+    fn core_at(&self, index: usize) -> &Core {
+        let other = index
+            .checked_sub(1)
+            .and_then(|index| self.others.get(index));
+        other.and_then(OnceLock::get).unwrap_or(&self.first)
+    }
+
+    /// The core in use.
+    pub(super) fn core(&self) -> &Core {
+        self.core_at(self.current.load(Ordering::Acquire))
+    }
+
+    /// Does it to the core in use, and to the one that is about to be.
+    ///
+    /// Order: what is stored to the one in use, then the look for a later one. Whoever makes a later one
+    /// lets it be seen, then copies what is in the one before; so either it finds the store or the store
+    /// finds it.
+    fn on_cores(&self, work: impl Fn(&Core)) {
+        let current = self.current.load(Ordering::Acquire);
+        work(self.core_at(current));
+        fence(Ordering::SeqCst);
+        let latest = self.latest.load(Ordering::SeqCst);
+        if latest != current {
+            work(self.core_at(latest));
+        }
+    }
+
     /// Positions of the ring.
     pub fn ring(&self) -> &Ring {
-        &self.ring
+        &self.core().ring
     }
 
     /// Times that records were folded since the journal was opened.
     pub fn folds(&self) -> u64 {
-        self.folds.load(Ordering::Relaxed)
+        self.counters.folds.load(Ordering::Relaxed)
     }
 
     /// Records folded since the journal was opened.
     pub fn records_folded(&self) -> u64 {
-        self.folded.load(Ordering::Relaxed)
+        self.counters.folded.load(Ordering::Relaxed)
     }
 
     /// Records written since the journal was opened.
     pub fn records_written(&self) -> u64 {
-        self.written.load(Ordering::Relaxed)
+        self.counters.written.load(Ordering::Relaxed)
     }
 
-    /// Fills a hole that a dead writer left, or tells of a change at recovery.
-    pub(super) fn fill(&self, record: Record) {
-        self.ring.fill(self.words.words(), record);
+    /// Changes kept coarsely because the ring was full, since the journal was opened.
+    pub fn coarse_changes(&self) -> u64 {
+        self.counters.coarse.load(Ordering::Relaxed)
     }
 
-    /// Records that blocks change in this epoch. Takes no lock and allocates nothing. If the ring
-    /// is full, every block counts as changed as of this epoch.
+    /// Times that the ring was synced in the background since the journal was opened.
+    pub fn syncs(&self) -> u64 {
+        self.counters.syncs.load(Ordering::Relaxed)
+    }
+
+    /// Times that another file took the place of this journal, because a sync had failed.
+    pub fn replacements(&self) -> u64 {
+        self.counters.replacements.load(Ordering::Relaxed)
+    }
+
+    /// Whether a sync has failed and nothing has made up for it.
+    pub fn has_failed(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+
+    /// Whether the ring is full, and changes are kept coarsely.
+    pub fn is_overflowing(&self) -> bool {
+        self.core().is_direct()
+    }
+
+    /// Coarse units that count as changed because the ring was full.
+    pub fn overflow_units(&self) -> u64 {
+        let committed = self.watermarks().committed;
+        self.core().overflow().count(committed)
+    }
+
+    /// Records that blocks change in this epoch. Takes no lock and allocates nothing. If the ring is
+    /// full, more counts as changed than does.
     pub fn record(&self, epoch: Epoch, extent: Extent, operation: Operation) {
-        let mut first_block = extent.first_block;
-        while first_block < extent.end_block() {
-            let block_count = (extent.end_block() - first_block).min(RECORD_BLOCKS_MAX);
-            let record = Record {
-                sequence: 0,
-                epoch,
-                operation,
-                first_block,
-                block_count,
-            };
-            if !self.ring.append(self.words.words(), record) {
-                reached(Place::RecordAfterRefusalBeforeAlarm);
-                self.raise_alarm(epoch);
-                return;
+        self.on_cores(|core| {
+            let recorded = core.record(epoch, extent, operation);
+            let counters = &self.counters;
+            counters
+                .written
+                .fetch_add(recorded.written, Ordering::Relaxed);
+            if recorded.coarse > 0 {
+                counters.coarse.fetch_add(1, Ordering::Relaxed);
             }
-            self.written.fetch_add(1, Ordering::Relaxed);
-            first_block += block_count;
+        });
+    }
+
+    /// Fills a hole that a dead writer left.
+    pub(super) fn fill(&self, record: Record) {
+        let core = self.core();
+        core.ring.fill(core.words.words(), record);
+    }
+
+    /// Marks the regions of a change that has been recorded. Takes no lock and allocates nothing. The
+    /// change may be made if they are armed; else [`Self::await_regions`].
+    pub fn mark(&self, extent: Extent) -> Marked {
+        let marked = self.regions.mark(extent);
+        if let Some(ahead) = &marked.ahead {
+            self.keeper.arm_ahead(ahead.clone());
         }
+        marked
+    }
+
+    /// Whether a change may be made that had to wait, and was recorded in this era.
+    pub fn may_write(&self, extent: Extent, era: Era) -> bool {
+        self.regions.may_write(extent, era)
     }
 
     /// The disk is about to change. Called before that is recorded, or submitted without a record.
     pub fn stir(&self) {
-        Witness::of(&self.words).stir();
+        self.on_cores(|core| Witness::of(&core.words).stir());
     }
 
     /// Keeps the disk's times as they were when they were looked at a moment ago.
     pub fn keep_time(&self, seen: Moment) {
-        Witness::of(&self.words).keep(seen);
+        self.on_cores(|core| Witness::of(&core.words).keep(seen));
     }
 
     /// Makes every block count as changed as of this epoch.
     pub fn raise_alarm(&self, epoch: Epoch) {
-        Alarm::of(&self.words).raise(epoch);
+        self.on_cores(|core| core.alarm().raise(epoch));
     }
 
-    /// Prepares the end of an epoch: the alarms of those that are captured with it become its own.
-    /// Called before writes are stamped with a next one; no write of the one before it may be in
-    /// flight.
-    pub fn gather_alarms(&self, closing: Epoch) {
-        Alarm::of(&self.words).gather(self.watermarks().sealed, closing);
+    /// Prepares the end of an epoch, and the beginning of the `next`: the alarms and overflow bits of
+    /// those that are captured with it become its own. Called before writes are stamped with the next
+    /// one; no write of the one before it may be in flight.
+    pub fn gather_alarms(&self, closing: Epoch, next: Epoch) {
+        let state = self.watermarks();
+        self.on_cores(|core| {
+            core.overflow().clear_for(next, state.committed);
+            core.alarm().gather(state.sealed, closing);
+            core.overflow().gather(state.sealed, closing);
+        });
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Published> {
@@ -181,15 +265,43 @@ impl Journal {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn lock_intents(&self) -> MutexGuard<'_, IntentLog> {
+        self.intents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the intent log covers and has done.
+    pub fn intent_status(&self) -> IntentStatus {
+        let waits = self.keeper.waits();
+        let log = self.lock_intents();
+        IntentStatus {
+            capacity: log.capacity(),
+            armed: log.armed(),
+            commits: log.commits(),
+            waits,
+            evictions: log.evictions(),
+            unguarded: self.regions.is_unguarded(),
+        }
+    }
+
+    /// The superblock as it was last published.
+    pub(super) fn superblock(&self) -> Superblock {
+        self.lock().superblock
+    }
+
+    /// Size in bytes of the disk that it is for.
+    pub fn disk_size_bytes(&self) -> u64 {
+        self.superblock().disk_size_bytes.get()
+    }
+
     /// The watermarks as the superblock holds them.
     pub fn watermarks(&self) -> EpochState {
-        EpochState::of(&self.lock().superblock)
+        EpochState::of(&self.superblock())
     }
 
     /// The watermarks; `resync` includes the latest alarm.
     pub fn state(&self) -> EpochState {
         let mut state = self.watermarks();
-        let latest = Alarm::of(&self.words).latest().unwrap_or_default();
+        let latest = self.core().alarm().latest().unwrap_or_default();
         state.resync = state.resync.max(latest);
         state
     }
@@ -201,8 +313,9 @@ impl Journal {
     ///
     /// A checkpoint cannot be read.
     pub fn each_extent_after(&self, epoch: Epoch, mut visit: impl FnMut(Extent)) -> Result<()> {
-        for sequence in self.ring.tail()..self.ring.head() {
-            if let Slot::Whole(record) = self.ring.read(self.words.words(), sequence)
+        let core = self.core();
+        for sequence in core.ring.tail()..core.ring.head() {
+            if let Slot::Whole(record) = core.ring.read(core.words.words(), sequence)
                 && record.operation != Operation::Null
                 && record.epoch > epoch
             {
@@ -212,14 +325,16 @@ impl Journal {
                 });
             }
         }
-        let superblock = self.lock().superblock;
+        core.overflow()
+            .each_extent(epoch, Epoch(u64::MAX), &mut visit);
+        let superblock = self.superblock();
         for (index, set) in superblock.sets.iter().enumerate() {
             if set.highest_epoch.get() <= epoch.0 {
                 continue;
             }
             let place = SetPlace::of(&superblock, index);
             place
-                .each_extent(&self.file, set.generation.get(), &mut visit)
+                .each_extent(&core.file, set.generation.get(), &mut visit)
                 .map_err(|error| {
                     let path = self.path.display();
                     Error::io(format!("Cannot read a checkpoint of journal {path}"), error)
@@ -246,270 +361,10 @@ impl Journal {
             .count() as u64
     }
 
-    /// Changes the watermarks, publishes them, frees what is committed, and syncs the superblock.
-    ///
-    /// # Errors
-    ///
-    /// The sync fails; the change stands for every crash but a power cut.
-    pub fn update(&self, change: impl FnOnce(&mut EpochState)) -> Result<()> {
-        let mut published = self.lock();
-        let mut superblock = published.superblock;
-        let mut state = EpochState::of(&superblock);
-        change(&mut state);
-        state.store(&mut superblock);
-        let tail = self.first_needed(self.ring.tail(), state.committed);
-        superblock.ring_tail = tail.into();
-        let mut dropped = Vec::new();
-        for (index, set) in superblock.sets.iter_mut().enumerate() {
-            let highest = set.highest_epoch.get();
-            if highest != 0 && highest <= state.committed.0 {
-                set.generation = (set.generation.get() + 1).into();
-                set.highest_epoch = 0.into();
-                set.lowest_epoch = 0.into();
-                dropped.push(index);
-            }
-        }
-        self.publish(&mut published, superblock);
-        self.ring.set_tail(tail);
-        reached(Place::UpdateAfterPublishBeforeAlarm);
-        Alarm::of(&self.words).clear(state.committed);
-        reached(Place::UpdateAfterAlarmBeforePunch);
-        for set in dropped {
-            // Pages of an old generation count for nothing; they only take room.
-            if let Err(errno) = SetPlace::of(&superblock, set).punch(&self.file) {
-                tracing::warn!(
-                    "Cannot free a checkpoint of {}: {errno}",
-                    self.path.display()
-                );
-            }
-        }
-        reached(Place::UpdateAfterPunchBeforeSync);
-        self.sync_superblock(&published)
-    }
-
-    /// Makes the copy durable that counts. Each time, also where nobody waits for it: otherwise the
-    /// next update would rewrite the last copy that is.
-    pub(super) fn sync_superblock(&self, published: &Published) -> Result<()> {
-        let offset = published.copy as u64 * PAGE_BYTES as u64;
-        self.sync(&published.superblock, offset, PAGE_BYTES as u64)
-    }
-
-    fn sync(&self, superblock: &Superblock, offset: u64, length_bytes: u64) -> Result<()> {
-        self.sync_words(offset, length_bytes)
-            .map_err(|error| self.distrust_sync(superblock, error))
-    }
-
-    /// Makes the whole file durable, its length included.
-    pub(super) fn sync_file(&self, superblock: &Superblock) -> Result<()> {
-        self.file
-            .sync_all()
-            .map_err(|error| self.distrust_sync(superblock, error))
-    }
-
-    /// What a failed sync means: nothing that should have become durable is believed.
-    fn distrust_sync(&self, superblock: &Superblock, error: std::io::Error) -> Error {
-        self.sync_failed.store(true, Ordering::Release);
-        let state = EpochState::of(superblock);
-        for epoch in [Some(state.open), state.closed].into_iter().flatten() {
-            self.raise_alarm(epoch);
-        }
-        let path = self.path.display();
-        Error::io(format!("Cannot sync journal {path}"), error)
-    }
-
-    fn sync_words(&self, offset: u64, length_bytes: u64) -> std::io::Result<()> {
-        #[cfg(test)]
-        if self.failing.load(Ordering::Acquire) {
-            return Err(std::io::Error::from_raw_os_error(libc::EIO));
-        }
-        self.words.sync(offset, length_bytes)
-    }
-
     /// Makes every sync and every fold fail from now on, or succeed again.
     #[cfg(test)]
     pub(crate) fn set_failing(&self, failing: bool) {
         self.failing.store(failing, Ordering::Release);
-    }
-
-    /// The first sequence from `tail` on whose record is of a later epoch, or not written yet.
-    fn first_needed(&self, mut tail: u64, committed: Epoch) -> u64 {
-        let head = self.ring.head();
-        while tail < head {
-            match self.ring.read(self.words.words(), tail) {
-                Slot::Whole(record)
-                    if record.sequence == tail
-                        && (record.epoch <= committed || record.operation == Operation::Null) =>
-                {
-                    tail += 1;
-                }
-                _ => break,
-            }
-        }
-        tail
-    }
-
-    pub(super) fn publish(&self, published: &mut Published, mut superblock: Superblock) {
-        superblock.sequence = (published.superblock.sequence.get() + 1).into();
-        superblock.seal();
-        let copy = 1 - published.copy;
-        let words = self.words.words();
-        let first = copy * PAGE_BYTES / 8;
-        let load = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap_or_default());
-        words[first].store(u64::from_le_bytes(MAGIC_WRITING), Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        reached(Place::PublishAfterMarkBeforeWords);
-        for (index, chunk) in superblock.as_bytes().chunks_exact(8).enumerate().skip(1) {
-            words[first + index].store(load(chunk), Ordering::Relaxed);
-            if index == SUPERBLOCK_MIDDLE_WORD {
-                reached(Place::PublishAmidWords);
-            }
-        }
-        fence(Ordering::SeqCst);
-        reached(Place::PublishAfterWordsBeforeMagic);
-        words[first].store(u64::from_le_bytes(MAGIC), Ordering::Release);
-        published.superblock = superblock;
-        published.copy = copy;
-    }
-
-    /// Folds the oldest records into a checkpoint set if the ring is filling up.
-    ///
-    /// # Errors
-    ///
-    /// The checkpoint cannot be written. The ring goes on; when it is full the alarm keeps
-    /// coverage.
-    pub fn maintain(&self) -> Result<()> {
-        let capacity = self.ring.capacity();
-        if self.ring.used() * 100 <= capacity * FOLD_ABOVE_PERCENT {
-            return Ok(());
-        }
-        let mut published = self.lock();
-        while self.ring.used() * 100 > capacity * FOLD_DOWN_TO_PERCENT {
-            if self.fold_some(&mut published)? == 0 {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Folds as many records as memory allows, and none that is later than the first of them:
-    /// epochs that are folded together can only be dropped together, and with a guest that goes on
-    /// writing each would drag the next one along. Returns their number.
-    fn fold_some(&self, published: &mut Published) -> Result<u64> {
-        let mut superblock = published.superblock;
-        let committed = Epoch(superblock.committed.get());
-        let start = self.ring.tail();
-        let limit = self.ring.head().min(start + self.ring.capacity() / 4);
-        let mut folding = Folding::default();
-        let (mut lowest, mut highest) = (u64::MAX, 0);
-        let mut tail = start;
-        while tail < limit && !folding.is_full() {
-            let Slot::Whole(record) = self.ring.read(self.words.words(), tail) else {
-                break;
-            };
-            if record.sequence != tail {
-                break;
-            }
-            if record.operation != Operation::Null && record.epoch > committed {
-                if highest != 0 && record.epoch.0 > highest {
-                    break;
-                }
-                let end = record.first_block + record.block_count;
-                lowest = lowest.min(record.epoch.0);
-                highest = highest.max(record.epoch.0);
-                if folding.add(record.first_block, end) < end {
-                    break;
-                }
-            }
-            tail += 1;
-        }
-        if tail == start {
-            return Ok(0);
-        }
-        if highest != 0 {
-            let index = choose_set(&superblock, lowest);
-            let set = &mut superblock.sets[index];
-            let place = SetPlace::of(&published.superblock, index);
-            self.write_checkpoint(&mut folding, place, set)
-                .map_err(|error| {
-                    Error::io(
-                        format!(
-                            "Cannot write a checkpoint into {}: free some space",
-                            self.path.display()
-                        ),
-                        error,
-                    )
-                })?;
-            let previous = set.lowest_epoch.get();
-            set.lowest_epoch = if previous == 0 {
-                lowest
-            } else {
-                previous.min(lowest)
-            }
-            .into();
-            set.highest_epoch = set.highest_epoch.get().max(highest).into();
-        }
-        superblock.ring_tail = tail.into();
-        reached(Place::FoldAfterPagesBeforePublish);
-        self.publish(published, superblock);
-        reached(Place::FoldAfterPublishBeforeTail);
-        self.ring.set_tail(tail);
-        self.folds.fetch_add(1, Ordering::Relaxed);
-        self.folded.fetch_add(tail - start, Ordering::Relaxed);
-        self.sync_superblock(published)?;
-        Ok(tail - start)
-    }
-
-    fn write_checkpoint(
-        &self,
-        folding: &mut Folding,
-        place: SetPlace,
-        set: &SetDescriptor,
-    ) -> std::io::Result<u64> {
-        #[cfg(test)]
-        if self.failing.load(Ordering::Acquire) {
-            return Err(std::io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        folding.write(&self.file, place, set)
-    }
-
-    /// Syncs everything and marks the journal clean. Nothing may be recorded any more, the disk has
-    /// been synced, and its last times are kept.
-    ///
-    /// # Errors
-    ///
-    /// This sync or an earlier one failed; the journal then stays unclean.
-    pub fn close(&self) -> Result<()> {
-        let failed = |error| Error::io(format!("Cannot sync {}", self.path.display()), error);
-        let mut published = self.lock();
-        let mut superblock = published.superblock;
-        self.sync(&superblock, 0, superblock.head_bytes())?;
-        self.file.sync_all().map_err(failed)?;
-        if self.sync_failed.load(Ordering::Acquire) {
-            return Err(Error::new(
-                ErrorKind::State,
-                format!(
-                    "Journal {} is not marked clean, because a sync of it has failed",
-                    self.path.display()
-                ),
-            ));
-        }
-        superblock.flags = FLAG_CLEAN.into();
-        reached(Place::CloseAfterSyncBeforePublish);
-        self.publish(&mut published, superblock);
-        self.sync(&superblock, 0, ALARM_OFFSET)?;
-        self.file.sync_all().map_err(failed)
-    }
-}
-
-/// The set that takes records of `lowest` and later epochs: an empty one, so that what is already
-/// in use can be dropped by an earlier commit; where none is empty, the one that waits longer.
-fn choose_set(superblock: &Superblock, lowest: u64) -> usize {
-    let highest = [0, 1].map(|index: usize| superblock.sets[index].highest_epoch.get());
-    match highest {
-        [0, 0] => 0,
-        [first, 0] => usize::from(first < lowest),
-        [0, second] => usize::from(second >= lowest),
-        [first, second] => usize::from(second > first),
     }
 }
 

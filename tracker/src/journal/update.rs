@@ -1,0 +1,235 @@
+//! The superblock of a journal: watermarks moved, published, made durable; the clean end.
+//!
+//! Order: a superblock is published by rewriting the copy that does not count: its magic is replaced by
+//! a mark, its other words are stored, its magic last; then it is synced. What it does not need any more
+//! is given up only when it is durable: slots of the ring, pages of sets, the alarm.
+//!
+//! Crash consistency: after SIGKILL one copy is whole, and one in rewriting carries the mark. After a
+//! power cut the copy that was synced last is whole, because the next update rewrites the other one.
+//!
+//! A sync that failed is believed never again: the kernel calls pages clean that it could not write, and
+//! may drop them. Another file takes the place of this one (`replace`); if that fails too, every block
+//! counts as changed, and the journal is not marked clean any more.
+
+use std::sync::atomic::{Ordering, fence};
+
+use zerocopy::IntoBytes;
+
+use super::checkpoint::SetPlace;
+use super::core::Core;
+use super::format::{
+    FLAG_CLEAN, FLAG_DISK_FAILED, MAGIC, MAGIC_WRITING, Operation, PAGE_BYTES, Slot, Superblock,
+};
+use super::state::EpochState;
+use super::writer::{Journal, Published};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Epoch;
+use crate::failpoint::{Canary, Place, canary, reached};
+
+/// A word of the superblock that stands between those that change.
+const SUPERBLOCK_MIDDLE_WORD: usize = std::mem::offset_of!(Superblock, resync) / 8;
+
+impl Journal {
+    /// Changes the watermarks, publishes and syncs them, and frees what is committed.
+    ///
+    /// # Errors
+    ///
+    /// The sync fails; the change stands for every crash but a power cut.
+    pub fn update(&self, change: impl FnOnce(&mut EpochState)) -> Result<()> {
+        let mut published = self.lock();
+        // If another file takes its place below, that one has tail and pages of its own.
+        let core = self.core();
+        let mut superblock = published.superblock;
+        let mut state = EpochState::of(&superblock);
+        change(&mut state);
+        state.store(&mut superblock);
+        let tail = first_needed(core, state.committed);
+        superblock.ring_tail = tail.into();
+        let mut dropped = Vec::new();
+        for (index, set) in superblock.sets.iter_mut().enumerate() {
+            let highest = set.highest_epoch.get();
+            if highest != 0 && highest <= state.committed.0 {
+                set.generation = (set.generation.get() + 1).into();
+                set.highest_epoch = 0.into();
+                set.lowest_epoch = 0.into();
+                dropped.push(index);
+            }
+        }
+        if canary(Canary::SlotsFreedBeforeSuperblock) {
+            core.ring.set_tail(tail);
+        }
+        self.publish(&mut published, superblock);
+        reached(Place::UpdateAfterPublishBeforeSync);
+        self.sync_published(&mut published)?;
+        reached(Place::UpdateAfterSyncBeforeTail);
+        core.ring.set_tail(tail);
+        self.core().alarm().clear(state.committed);
+        reached(Place::UpdateAfterAlarmBeforePunch);
+        for set in dropped {
+            // Pages of an old generation count for nothing; they only take room.
+            if let Err(errno) = SetPlace::of(&superblock, set).punch(&core.file) {
+                let path = self.path().display();
+                tracing::warn!("Cannot free a checkpoint of {path}: {errno}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes the superblock otherwise than by an update of the watermarks.
+    ///
+    /// # Errors
+    ///
+    /// The sync fails.
+    pub(super) fn rewrite(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        let mut published = self.lock();
+        let mut superblock = published.superblock;
+        change(&mut superblock);
+        self.publish(&mut published, superblock);
+        self.sync_published(&mut published)
+    }
+
+    /// A sync of the disk failed: after a power cut nothing is known of it.
+    ///
+    /// # Errors
+    ///
+    /// The sync of the journal fails.
+    pub fn note_disk_failure(&self) -> Result<()> {
+        self.rewrite(|superblock| superblock.flags = FLAG_DISK_FAILED.into())
+    }
+
+    /// Makes the superblock durable that was published, and all that was stored before. Each time, also
+    /// where nobody waits for it: otherwise the next update would rewrite the last copy that is.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be done, nor could another file take the place of this one.
+    pub(super) fn sync_published(&self, published: &mut Published) -> Result<()> {
+        let result = self.try_sync();
+        self.make_up(published, result)
+    }
+
+    /// Makes the whole file durable, its length included.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be done.
+    pub(super) fn sync_length(&self, published: &mut Published) -> Result<()> {
+        let result = self.core().sync_all();
+        self.make_up(published, result)
+    }
+
+    fn try_sync(&self) -> std::io::Result<()> {
+        #[cfg(test)]
+        if self.failing.load(Ordering::Acquire) {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.core().sync()
+    }
+
+    /// After a sync that failed, puts another file in the place of this one. If that fails, nothing is
+    /// believed that should have become durable.
+    fn make_up(&self, published: &mut Published, result: std::io::Result<()>) -> Result<()> {
+        let Err(error) = result else { return Ok(()) };
+        let path = self.path().display();
+        tracing::error!("Cannot sync journal {path}: {error}; another file takes its place");
+        match self.replace(published) {
+            Ok(()) => Ok(()),
+            Err(replacing) => {
+                tracing::error!("{}", replacing.chain());
+                self.sync_failed.store(true, Ordering::Release);
+                let state = EpochState::of(&published.superblock);
+                for epoch in [Some(state.open), state.closed].into_iter().flatten() {
+                    self.raise_alarm(epoch);
+                }
+                Err(Error::io(format!("Cannot sync journal {path}"), error))
+            }
+        }
+    }
+
+    /// Syncs the ring and all else, and notes what is durable by that. Writes go on meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// The sync fails, and no other file can take the place of this one.
+    pub fn sync_ring(&self) -> Result<()> {
+        let ended = self.regions.end_era();
+        if canary(Canary::WatermarkBeforeSync) {
+            self.regions.set_durable(ended);
+        }
+        reached(Place::SyncAfterEraBeforeStores);
+        if let Err(error) = self.try_sync() {
+            let mut published = self.lock();
+            return self.make_up(&mut published, Err(error));
+        }
+        reached(Place::SyncAfterDurableBeforeMark);
+        self.regions.set_durable(ended);
+        self.counters.syncs.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(super) fn publish(&self, published: &mut Published, mut superblock: Superblock) {
+        superblock.sequence = (published.superblock.sequence.get() + 1).into();
+        superblock.seal();
+        let copy = 1 - published.copy;
+        let words = self.core().words.words();
+        let first = copy * PAGE_BYTES / 8;
+        let load = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+        words[first].store(u64::from_le_bytes(MAGIC_WRITING), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        reached(Place::PublishAfterMarkBeforeWords);
+        for (index, chunk) in superblock.as_bytes().chunks_exact(8).enumerate().skip(1) {
+            words[first + index].store(load(chunk), Ordering::Relaxed);
+            if index == SUPERBLOCK_MIDDLE_WORD {
+                reached(Place::PublishAmidWords);
+            }
+        }
+        fence(Ordering::SeqCst);
+        reached(Place::PublishAfterWordsBeforeMagic);
+        words[first].store(u64::from_le_bytes(MAGIC), Ordering::Release);
+        published.superblock = superblock;
+        published.copy = copy;
+    }
+
+    /// Syncs everything and marks the journal clean. Nothing may be recorded any more, the disk has
+    /// been synced, and its last times are kept.
+    ///
+    /// # Errors
+    ///
+    /// This sync or an earlier one failed; the journal then stays unclean.
+    pub fn close(&self) -> Result<()> {
+        let mut published = self.lock();
+        self.sync_length(&mut published)?;
+        self.sync_published(&mut published)?;
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::State,
+                format!(
+                    "Journal {} is not marked clean, because a sync of it has failed",
+                    self.path().display()
+                ),
+            ));
+        }
+        let mut superblock = published.superblock;
+        superblock.flags = FLAG_CLEAN.into();
+        reached(Place::CloseAfterSyncBeforePublish);
+        self.publish(&mut published, superblock);
+        self.sync_published(&mut published)
+    }
+}
+
+/// The first sequence of a ring whose record is of a later epoch, or not written yet.
+fn first_needed(core: &Core, committed: Epoch) -> u64 {
+    let (mut tail, head) = (core.ring.tail(), core.ring.head());
+    while tail < head {
+        match core.ring.read(core.words.words(), tail) {
+            Slot::Whole(record)
+                if record.sequence == tail
+                    && (record.epoch <= committed || record.operation == Operation::Null) =>
+            {
+                tail += 1;
+            }
+            _ => break,
+        }
+    }
+    tail
+}
