@@ -46,6 +46,17 @@ pub enum Command {
     },
     /// Ask the running shipper for a recovery point now, and print its number when it is in the vault
     Cut(ConfigArgument),
+    /// Ask the running shipper to compare every block of a disk with the vault, and to upload what differs
+    Resync {
+        #[command(flatten)]
+        config: ConfigArgument,
+        /// Name of the disk; all disks without it
+        #[arg(long, value_name = "NAME")]
+        disk: Option<String>,
+        /// End a comparison that was asked for, or that began because too much waits
+        #[arg(long)]
+        cancel: bool,
+    },
     /// List the recovery points of a machine
     Points {
         #[command(flatten)]

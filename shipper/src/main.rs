@@ -14,7 +14,8 @@ use nix::sys::signal::{SigSet, Signal};
 use shipper::error::{Error, ErrorKind, Result};
 use shipper::lifecycle::conductor::{RunOptions, run};
 use shipper::lifecycle::config::Config;
-use shipper::lifecycle::control::{ask_cut, ask_status};
+use shipper::lifecycle::control::{ask_cut, ask_resync, ask_status};
+use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::protect;
 use shipper::recovery::restore::{RestoreOptions, restore};
 use shipper::recovery::verify::{VerifyOptions, verify};
@@ -63,6 +64,11 @@ fn carry_out(command: Command) -> Result<()> {
             })
         }
         Command::Cut(config) => print(&format!("{}\n", ask_cut(&config.load()?.state)?)),
+        Command::Resync {
+            config,
+            disk,
+            cancel,
+        } => resync(&config.load()?, disk, cancel),
         Command::Points { place, json } => {
             let (vault, machine) = place.open()?;
             points(&vault, &machine, json)
@@ -126,6 +132,21 @@ fn run_until_signal(config: Config, once: bool) -> Result<()> {
         Some(epoch) => print(&format!("{epoch}\n")),
         None => Ok(()),
     }
+}
+
+fn resync(config: &Config, disk: Option<String>, cancel: bool) -> Result<()> {
+    let answers = ask_resync(&config.state, disk, cancel)?;
+    let (refused, done): (Vec<_>, Vec<_>) = answers
+        .iter()
+        .partition(|answer| answer.outcome == Outcome::Refused);
+    print(&show::resync(&done))?;
+    if refused.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::State,
+        show::resync(&refused).trim_end().replace('\n', "; "),
+    ))
 }
 
 fn points(vault: &Vault, machine: &str, json: bool) -> Result<()> {

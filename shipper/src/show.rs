@@ -6,8 +6,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use shipper::error::{Error, ErrorKind, Result};
 use shipper::lifecycle::config::Config;
+use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::Protection;
-use shipper::status::{Health, Phase, Status};
+use shipper::lifecycle::resync::ResyncAnswer;
+use shipper::status::{DiskStatus, Health, Phase, ResyncStage, Status};
 use shipper::vault::manifest::Manifest;
 use tracker::extent::Epoch;
 
@@ -82,17 +84,65 @@ pub fn status(status: &Status) -> String {
         text.push_str(&format!("trouble with the {part:?}: {problem}\n"));
     }
     for disk in &status.disks {
-        let percent = 100.0 * disk.scanned_blocks as f64 / disk.blocks.max(1) as f64;
-        let scanned = match disk.scanned_blocks < disk.blocks {
-            true => format!(", {percent:.1}% looked at"),
-            false => String::new(),
-        };
         text.push_str(&format!(
-            "disk {}: {} bytes, {} read{scanned}\n",
+            "disk {}: {} bytes, {} read, {} wait to be shipped\n",
             disk.name,
             disk.size_bytes,
-            mebibytes(disk.bytes_read)
+            mebibytes(disk.bytes_read),
+            mebibytes(disk.waiting_bytes),
         ));
+        text.push_str(&resync_status(disk));
+    }
+    text
+}
+
+/// What `status` says of the scan of a disk, if there is one.
+fn resync_status(disk: &DiskStatus) -> String {
+    let Some(resync) = &disk.resync else {
+        return String::new();
+    };
+    let (compared, total) = (
+        mebibytes(resync.compared_bytes),
+        mebibytes(resync.total_bytes),
+    );
+    let stage = match resync.stage {
+        ResyncStage::Marked => format!(
+            "marked for resynchronization of {total}, which begins when the vault has taken what waits"
+        ),
+        ResyncStage::Running => {
+            format!("{}% looked at, {compared} of {total}", resync.percent)
+        }
+        ResyncStage::Complete => {
+            format!("all of it looked at, {total}; a recovery point follows")
+        }
+    };
+    let why = &resync.why;
+    let need = match (resync.stage, resync.cancellable) {
+        (ResyncStage::Complete, _) => why.clone(),
+        (_, true) => format!("{why}; can be cancelled"),
+        (_, false) => format!("{why}; necessary"),
+    };
+    format!("disk {}: {stage}; reason: {need}\n", disk.name)
+}
+
+/// What `resync` says.
+pub fn resync(answers: &[&ResyncAnswer]) -> String {
+    let mut text = String::new();
+    for answer in answers {
+        let outcome = match answer.outcome {
+            Outcome::Marked => "marked for resynchronization",
+            Outcome::MarkedAlready => "marked for resynchronization already",
+            Outcome::UnderWay => "every block is being compared already",
+            Outcome::Cancelled => "resynchronization cancelled",
+            Outcome::Nothing => "no resynchronization to cancel",
+            Outcome::Complete => "every block has been compared already",
+            Outcome::Refused => "the scan of every block cannot be cancelled",
+        };
+        let because = match &answer.reason {
+            Some(reason) => format!(", because {reason}"),
+            None => String::new(),
+        };
+        text.push_str(&format!("Disk {}: {outcome}{because}\n", answer.disk));
     }
     text
 }

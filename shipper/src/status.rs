@@ -84,6 +84,8 @@ pub struct Status {
     pub spool_bytes: u64,
     /// Bytes that may wait for upload.
     pub spool_budget_bytes: u64,
+    /// A disk of which more than this share waits to be shipped is resynchronized.
+    pub resync_share_percent: u8,
     /// Segments put into the vault since it was started.
     pub uploaded_segments: u64,
     /// Bytes of them.
@@ -105,6 +107,42 @@ pub struct DiskStatus {
     pub scanned_blocks: u64,
     /// Blocks of the disk.
     pub blocks: u64,
+    /// Bytes that wait to be shipped: changed blocks, and what the spool has of this disk.
+    pub waiting_bytes: u64,
+    /// The scan that looks at every block, or will.
+    pub resync: Option<ResyncStatus>,
+}
+
+/// How far a scan is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResyncStage {
+    /// It begins when the vault has taken what waits.
+    #[default]
+    Marked,
+    /// Blocks are read and compared.
+    Running,
+    /// Every block was looked at; the recovery point that follows ends it.
+    Complete,
+}
+
+/// The scan of one disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncStatus {
+    /// Why, as a name for programs.
+    pub reason: String,
+    /// Why, in words.
+    pub why: String,
+    /// How far.
+    pub stage: ResyncStage,
+    /// Whether it can be cancelled.
+    pub cancellable: bool,
+    /// Bytes that were looked at.
+    pub compared_bytes: u64,
+    /// Bytes that are to be looked at.
+    pub total_bytes: u64,
+    /// The first in percent of the second.
+    pub percent: u64,
 }
 
 struct Logged {

@@ -1,8 +1,9 @@
 //! `shipper run`: the one thread that steers a machine's protection.
 //!
 //! Overview: a loop over what is to be done next: find the tracker and agree with it
-//! (`reconcile`), release what was published, scan if every block has to be looked at (`scan`),
-//! cut and capture when it is time or somebody asks (`epoch`). Uploads run beside it.
+//! (`reconcile`), release what was published, mark disks whose blocks are all to be compared and begin
+//! with those (`resync`), look at every block of them (`scan`), cut and capture when it is time or
+//! somebody asks (`epoch`). Uploads run beside it.
 //!
 //! Order at start: state folder (locked), vault, generation, spool, base; then the uploader, which
 //! goes on with what waits; then the control socket, then ready. The tracker may come later.
@@ -23,8 +24,10 @@ use tracker::extent::{Epoch, blocks_of};
 use tracker::journal::reader::JournalReader;
 
 use super::config::{Config, DiskConfig};
-use super::control::{Door, Reply};
-use super::state::{MachineState, ScanState, StateFolder};
+use super::control::{Asked, Door, Reply};
+use super::progress::ScanState;
+use super::resync::{Probe, WATCH_INTERVAL};
+use super::state::{MachineState, StateFolder};
 use crate::capture::source::DiskSource;
 use crate::error::{Error, ErrorKind, Result};
 use crate::segment::writer::Owner;
@@ -46,7 +49,7 @@ pub(super) const BUDGET_PAUSE: Duration = Duration::from_millis(200);
 /// What the conductor hears of.
 pub(super) enum Event {
     Upload(Outcome),
-    Cut(Reply),
+    Asked(Asked),
     Stop,
 }
 
@@ -98,19 +101,21 @@ pub struct Conductor {
     pub(super) tables: Option<Vec<Table>>,
     /// The newest recovery point, in the spool or in the vault: the next one follows it.
     pub(super) base: Option<Manifest>,
-    pub(super) scan: Option<ScanState>,
-    /// Every block is to be looked at, whatever the tracker says.
-    pub(super) scan_forced: bool,
+    /// Disks whose blocks are all looked at, or are to be.
+    pub(super) scan: ScanState,
+    pub(super) probe: Probe,
     pub(super) link: Option<Link>,
     pub(super) uploader: Uploader,
     /// Sealed epochs that are not released, in order, and whether they are published.
     pub(super) unreleased: VecDeque<(Epoch, bool)>,
-    events: Receiver<Event>,
+    pub(super) events: Receiver<Event>,
     /// Who wants a recovery point that has not been cut, and since when.
     pub(super) cuts: Vec<(Instant, Reply)>,
     /// Who waits for one that is not published.
     pub(super) waiting: Vec<(Epoch, Reply)>,
     due: Instant,
+    /// When the shares are looked at again.
+    watch_due: Instant,
     stopping: bool,
 }
 
@@ -137,11 +142,11 @@ pub fn run(
     let (sender, events) = unbounded();
     let socket = StateFolder::socket(&config.state);
     let mut conductor = Conductor::start(config, state, stop, &sender, events)?;
-    let to_cut = sender.clone();
-    let cut = move |reply| {
-        let _ended = to_cut.send(Event::Cut(reply));
+    let to_ask = sender.clone();
+    let ask = move |asked| {
+        let _ended = to_ask.send(Event::Asked(asked));
     };
-    let door = Door::open(&socket, Arc::clone(&conductor.board), cut)?;
+    let door = Door::open(&socket, Arc::clone(&conductor.board), ask)?;
     let watched = Arc::clone(stop);
     let to_stop = sender.clone();
     let watcher = std::thread::Builder::new()
@@ -208,6 +213,7 @@ impl Conductor {
         })?;
         let mut conductor = Self {
             due: Instant::now() + config.interval,
+            watch_due: Instant::now(),
             config,
             state,
             machine,
@@ -218,8 +224,8 @@ impl Conductor {
             disks,
             tables: None,
             base: None,
-            scan: None,
-            scan_forced: false,
+            scan: ScanState::default(),
+            probe: Probe::new(),
             link: None,
             uploader,
             unreleased: VecDeque::new(),
@@ -264,7 +270,10 @@ impl Conductor {
         while let Some(event) = next {
             match event {
                 Event::Stop => self.stopping = true,
-                Event::Cut(reply) => self.cuts.push((Instant::now(), reply)),
+                Event::Asked(Asked::Cut(reply)) => self.cuts.push((Instant::now(), reply)),
+                Event::Asked(Asked::Resync(request, reply)) => {
+                    let _left = reply.send(self.resync_asked(&request));
+                }
                 Event::Upload(Outcome::Published(epoch)) => self.published(epoch),
                 Event::Upload(Outcome::Failed(error)) => return Err(error),
             }
@@ -278,15 +287,28 @@ impl Conductor {
         self.connect()?;
         self.release()?;
         self.board.note(Part::Tracker, None);
-        if self.scan.as_ref().is_some_and(|scan| !scan.is_done()) {
+        self.begin_marked()?;
+        if self.scan.is_running() {
             return self.scan_some();
         }
         let now = Instant::now();
         // What was scanned is a recovery point only with the cut that follows.
-        let wanted = !self.cuts.is_empty() || self.scan.is_some();
-        if !wanted && now < self.due {
+        let is_due = !self.cuts.is_empty() || self.scan.is_complete() || now >= self.due;
+        if is_due || now >= self.watch_due {
+            self.watch_due = now + WATCH_INTERVAL;
+            let marked = self.scan.has_marked(false);
+            self.watch_shares()?;
+            if self.scan.has_marked(false) != marked {
+                return Ok(Duration::ZERO);
+            }
+        }
+        if self.is_draining() {
             self.enter(Phase::Waiting);
-            return Ok(self.due - now);
+            return Ok(BUDGET_PAUSE);
+        }
+        if !is_due {
+            self.enter(Phase::Waiting);
+            return Ok((self.due - now).min(WATCH_INTERVAL));
         }
         if self.is_over_budget()? {
             return Ok(BUDGET_PAUSE);
@@ -326,6 +348,7 @@ impl Conductor {
         for (sealed, published) in &mut self.unreleased {
             *published |= *sealed == epoch;
         }
+        self.board.note(Part::Vault, None);
         self.board.update(|status| {
             status.newest_point = Some(epoch);
             status.points += 1;
@@ -390,8 +413,7 @@ impl Conductor {
     /// The highest epoch that anything here is named by.
     pub(super) fn highest(&self) -> Epoch {
         let base = self.base.as_ref().map(|base| base.epoch);
-        let scan = self.scan.as_ref().map(|scan| scan.epoch);
-        base.max(scan).unwrap_or(Epoch::ZERO)
+        base.max(self.scan.highest()).unwrap_or(Epoch::ZERO)
     }
 
     /// Queues a sealed epoch for upload.
@@ -424,6 +446,7 @@ fn first_status(config: &Config, machine: &MachineState, disks: &[Disk]) -> Stat
         vault: config.vault.clone(),
         generation: machine.generation,
         spool_budget_bytes: config.spool_budget_bytes,
+        resync_share_percent: config.resync_share_percent,
         disks: disks.iter().map(disk_status).collect(),
         ..Status::default()
     }

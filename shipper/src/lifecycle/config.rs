@@ -21,6 +21,8 @@ const SPOOL_BUDGET_DEFAULT: u64 = 8 << 30;
 /// Least budget of the spool: a segment and its neighbours.
 const SPOOL_BUDGET_MIN: u64 = 64 << 20;
 const WORKERS_MAX: usize = 256;
+/// Share of a disk that may wait to be shipped unless the configuration says otherwise.
+const RESYNC_SHARE_DEFAULT: u64 = 50;
 
 /// What the file says, as it was typed.
 #[derive(Debug, Deserialize)]
@@ -34,6 +36,7 @@ struct RawConfig {
     codec: Option<String>,
     spool_budget: Option<String>,
     workers: Option<usize>,
+    resync_share_percent: Option<u64>,
     #[serde(default, rename = "disk")]
     disks: Vec<RawDisk>,
 }
@@ -65,6 +68,8 @@ pub struct Config {
     pub spool_budget_bytes: u64,
     /// Threads that fingerprint and compress.
     pub workers: usize,
+    /// A disk of which more than this share waits to be shipped is resynchronized.
+    pub resync_share_percent: u8,
     /// The disks.
     pub disks: Vec<DiskConfig>,
 }
@@ -132,6 +137,13 @@ impl Config {
                 "workers: {workers} is not a number from 1 to {WORKERS_MAX}"
             ));
         }
+        let share = raw.resync_share_percent.unwrap_or(RESYNC_SHARE_DEFAULT);
+        let resync_share_percent = u8::try_from(share)
+            .ok()
+            .filter(|share| (1..=100).contains(share))
+            .ok_or_else(|| {
+                format!("resync_share_percent: {share} is not a number from 1 to 100")
+            })?;
         Ok(Self {
             interval: parse_interval(&raw.interval)?,
             disks: checked_disks(raw.disks)?,
@@ -142,6 +154,7 @@ impl Config {
             codec,
             spool_budget_bytes,
             workers,
+            resync_share_percent,
         })
     }
 }
@@ -223,6 +236,7 @@ mod tests {
         assert_eq!(config.codec, Codec::Zstd(1));
         assert_eq!(config.spool_budget_bytes, 8 << 30);
         assert!(config.workers >= 1);
+        assert_eq!(config.resync_share_percent, 50);
     }
 
     #[test]
@@ -238,6 +252,21 @@ mod tests {
                 "spool_budget",
             ),
             ("\"30s\"", "\"5m\"\nworkers = 0", "workers"),
+            (
+                "\"30s\"",
+                "\"5m\"\nresync_share_percent = 0",
+                "resync_share_percent",
+            ),
+            (
+                "\"30s\"",
+                "\"5m\"\nresync_share_percent = 101",
+                "resync_share_percent",
+            ),
+            (
+                "\"30s\"",
+                "\"5m\"\nresync_share_percent = -1",
+                "resync_share_percent",
+            ),
             ("\"root\"", "\"Root\"", "Root"),
             ("[[disk]]\nname = \"root\"\npath = \"/d\"\n", "", "disk"),
         ] {

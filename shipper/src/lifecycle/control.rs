@@ -17,6 +17,7 @@ use tracker::error::{Error as TrackerError, ErrorKind as TrackerErrorKind};
 use tracker::extent::Epoch;
 use tracker::nbd::listener::bind_unix;
 
+use super::resync::{ResyncAnswer, ResyncRequest};
 use super::state::StateFolder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::{Board, Status};
@@ -25,7 +26,7 @@ use crate::status::{Board, Status};
 const STATUS_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What can be asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 enum Request {
     /// Everything about the shipper: [`Status`].
@@ -38,10 +39,28 @@ enum Request {
         /// Version of the protocol.
         protocol: u32,
     },
+    /// Compare every block of a disk with the fingerprints, or end that; answers what became of it.
+    Resync {
+        /// Version of the protocol.
+        protocol: u32,
+        /// Name of the disk; all disks without it.
+        disk: Option<String>,
+        /// End it.
+        #[serde(default)]
+        cancel: bool,
+    },
 }
 
 /// Where the answer to a cut goes.
 pub type Reply = Sender<Result<Epoch>>;
+
+/// What the conductor is asked.
+pub enum Asked {
+    /// For a recovery point.
+    Cut(Reply),
+    /// For a comparison of every block, or its end.
+    Resync(ResyncRequest, Sender<Result<Vec<ResyncAnswer>>>),
+}
 
 /// The socket of a running shipper.
 pub struct Door {
@@ -51,7 +70,7 @@ pub struct Door {
 }
 
 impl Door {
-    /// Listens. `cut` is called with where the answer goes.
+    /// Listens. `ask` is called with what the conductor is to answer.
     ///
     /// # Errors
     ///
@@ -59,10 +78,10 @@ impl Door {
     pub fn open(
         path: &Path,
         board: Arc<Board>,
-        cut: impl Fn(Reply) + Send + Sync + 'static,
+        ask: impl Fn(Asked) + Send + Sync + 'static,
     ) -> Result<Self> {
         let listener = Arc::new(bind_unix(path, 0o600)?);
-        let handler = Arc::new(move |text: &str| answer(text, &board, &cut));
+        let handler = Arc::new(move |text: &str| answer(text, &board, &ask));
         let accepting = Arc::clone(&listener);
         let thread = std::thread::Builder::new()
             .name("control".into())
@@ -87,11 +106,13 @@ impl Drop for Door {
     }
 }
 
-fn answer(text: &str, board: &Board, cut: &dyn Fn(Reply)) -> tracker::error::Result<Value> {
+fn answer(text: &str, board: &Board, ask: &dyn Fn(Asked)) -> tracker::error::Result<Value> {
     let refused = |what: String| TrackerError::new(TrackerErrorKind::Protocol, what);
     let request: Request =
         serde_json::from_str(text).map_err(|error| refused(format!("Invalid request: {error}")))?;
-    let (Request::Status { protocol } | Request::Cut { protocol }) = request;
+    let (Request::Status { protocol }
+    | Request::Cut { protocol }
+    | Request::Resync { protocol, .. }) = request;
     if protocol != PROTOCOL {
         return Err(refused(format!(
             "The request speaks protocol {protocol}, this shipper speaks {PROTOCOL}"
@@ -99,18 +120,28 @@ fn answer(text: &str, board: &Board, cut: &dyn Fn(Reply)) -> tracker::error::Res
     }
     let value = match request {
         Request::Status { .. } => serde_json::to_value(board.status()),
-        Request::Cut { .. } => {
-            let (reply, answered) = bounded(1);
-            cut(reply);
-            let ended = || Error::new(ErrorKind::State, "The shipper stops");
-            let result = answered.recv().unwrap_or_else(|_| Err(ended()));
-            serde_json::to_value(
-                result
-                    .map_err(|error| TrackerError::new(TrackerErrorKind::State, error.chain()))?,
-            )
+        Request::Cut { .. } => serde_json::to_value(await_answer(|reply| ask(Asked::Cut(reply)))?),
+        Request::Resync { disk, cancel, .. } => {
+            let request = ResyncRequest { disk, cancel };
+            serde_json::to_value(await_answer(|reply| ask(Asked::Resync(request, reply)))?)
         }
     };
     value.map_err(|error| refused(format!("Cannot write the answer: {error}")))
+}
+
+/// Asks the conductor, and waits for its answer.
+fn await_answer<T>(ask: impl FnOnce(Sender<Result<T>>)) -> tracker::error::Result<T> {
+    let (reply, answered) = bounded(1);
+    ask(reply);
+    let ended = || Error::new(ErrorKind::State, "The shipper stops");
+    let result = answered.recv().unwrap_or_else(|_| Err(ended()));
+    result.map_err(|error| {
+        let kind = match error.kind() {
+            ErrorKind::Missing => TrackerErrorKind::Missing,
+            _ => TrackerErrorKind::State,
+        };
+        TrackerError::new(kind, error.chain())
+    })
 }
 
 fn ask(state: &Path, request: Request, deadline: Option<Duration>) -> Result<Value> {
@@ -153,4 +184,20 @@ pub fn ask_status(state: &Path) -> Result<Status> {
 pub fn ask_cut(state: &Path) -> Result<Epoch> {
     let value = ask(state, Request::Cut { protocol: PROTOCOL }, None)?;
     serde_json::from_value(value).map_err(garbled)
+}
+
+/// Asks the shipper that works in a state folder to compare every block of one disk or of all, or to
+/// end that.
+///
+/// # Errors
+///
+/// None runs there, there is no such disk, or the state folder cannot be written.
+pub fn ask_resync(state: &Path, disk: Option<String>, cancel: bool) -> Result<Vec<ResyncAnswer>> {
+    let protocol = PROTOCOL;
+    let request = Request::Resync {
+        protocol,
+        disk,
+        cancel,
+    };
+    serde_json::from_value(ask(state, request, None)?).map_err(garbled)
 }

@@ -25,6 +25,8 @@ use tracker::extent::{Epoch, Extent, blocks_of};
 use tracker::journal::reader::JournalReader;
 
 use super::conductor::{At, Conductor, Trouble};
+use super::progress::DiskScan;
+use super::reason::Reason;
 use crate::capture::pipeline::{Captured, Flow, Settings, run};
 use crate::capture::plan::Batches;
 use crate::error::{Error, ErrorKind, Result};
@@ -41,8 +43,9 @@ use crate::vault::manifest::{DiskPoint, Manifest};
 enum GivenUp {
     /// Something failed.
     Failed(Error),
-    /// More changed than may wait for upload, or changes were lost: every block is to be scanned.
-    NeedsScan(&'static str),
+    /// More changed than may wait for upload, or changes were lost: every block of the disk with this
+    /// index is to be scanned.
+    NeedsScan(usize, Reason),
 }
 
 impl<E: Into<Error>> From<E> for GivenUp {
@@ -60,7 +63,10 @@ struct CapturedDisk {
 impl Conductor {
     /// Makes a recovery point, unless nobody asked for one and nothing has changed.
     pub(super) fn make_point(&mut self) -> std::result::Result<(), Trouble> {
-        if self.cuts.is_empty() && self.scan.is_none() && self.is_unchanged().at(Part::Tracker)? {
+        if self.cuts.is_empty()
+            && !self.scan.is_complete()
+            && self.is_unchanged().at(Part::Tracker)?
+        {
             return Ok(());
         }
         self.enter(Phase::Capturing);
@@ -167,8 +173,8 @@ impl Conductor {
     ) -> std::result::Result<CapturedDisk, GivenUp> {
         let disk = &self.disks[index];
         let name = &disk.config.name;
-        // A scan has seen whatever changed before it began.
-        let scanned = self.scan.as_ref().filter(|scan| scan.disk(name).is_some());
+        // A scan has seen whatever changed before it began, unless it did not get to its end.
+        let scanned = self.scan.disk(name).filter(|scan| scan.is_complete());
         let after = reader
             .state()?
             .sealed
@@ -180,7 +186,7 @@ impl Conductor {
             .resync
             .is_some_and(|resync| !self.is_covered(name, resync))
         {
-            return Err(GivenUp::NeedsScan("the tracker calls every block changed"));
+            return Err(GivenUp::NeedsScan(index, Reason::EveryBlock));
         }
         let no_table = || Error::new(ErrorKind::State, "The fingerprints are not open");
         let table = self.tables.as_ref().and_then(|tables| tables.get(index));
@@ -214,9 +220,7 @@ impl Conductor {
             roll.take(&captured, budget)
         })?;
         if roll.over_budget {
-            return Err(GivenUp::NeedsScan(
-                "more has changed than may wait for upload",
-            ));
+            return Err(GivenUp::NeedsScan(index, Reason::Overrun));
         }
         roll.finish_one()?;
         let made = roll.made;
@@ -232,10 +236,8 @@ impl Conductor {
             .base
             .as_ref()
             .is_some_and(|base| base.disk(name).is_some() && resync <= base.epoch);
-        let by_scan = self
-            .scan
-            .as_ref()
-            .is_some_and(|scan| scan.disk(name).is_some() && resync <= scan.epoch);
+        let covers = |scan: &DiskScan| scan.is_complete() && resync <= scan.epoch;
+        let by_scan = self.scan.disk(name).is_some_and(covers);
         by_base || by_scan
     }
 
@@ -248,7 +250,7 @@ impl Conductor {
         let disk = &self.disks[index];
         let name = &disk.config.name;
         let base = self.base.as_ref().and_then(|base| base.disk(name));
-        let scan = self.scan.as_ref().and_then(|scan| scan.disk(name));
+        let scan = self.scan.disk(name);
         let before = base.into_iter().flat_map(|disk| &disk.segments);
         let copied = scan.into_iter().flat_map(|disk| &disk.segments);
         let new = captured.made.iter().map(|(segment, _)| segment);
@@ -270,14 +272,14 @@ impl Conductor {
     ) -> std::result::Result<(), Trouble> {
         let epoch = manifest.epoch;
         self.base = Some(manifest);
-        self.scan = None;
+        self.scan.take_over(epoch);
         self.queue_epoch(epoch);
         for (index, disk) in captured.iter().enumerate() {
             for (_, directory) in &disk.made {
                 self.apply(index, epoch, directory).at(Part::Spool)?;
             }
         }
-        self.state.end_scan().at(Part::Spool)?;
+        self.state.save_scan(&self.scan).at(Part::Spool)?;
         self.show_scan();
         if let Some(link) = &mut self.link {
             let sealed = CaptureOutcome::Sealed;
@@ -301,10 +303,12 @@ impl Conductor {
                 part: Part::Capture,
                 error,
             }),
-            GivenUp::NeedsScan(reason) => {
-                tracing::warn!("Recovery point {epoch} is given up: {reason}");
-                self.scan_forced = true;
-                Ok(())
+            GivenUp::NeedsScan(index, why) => {
+                let disk = &self.disks[index].config.name;
+                tracing::warn!("Recovery point {epoch} is given up, disk {disk} is scanned: {why}");
+                let mut scan = self.scan.clone();
+                scan.mark(disk, why);
+                self.change_scan(scan).at(Part::Spool)
             }
         }
     }

@@ -1,8 +1,13 @@
 //! Protection of a machine over time: prerequisites, first copy, epochs, health.
 //!
-//! [`conductor`] is the one thread that steers; `scan`, `epoch` and `reconcile` are what it does.
+//! [`conductor`] is the one thread that steers; `scan`, `resync`, `epoch` and `reconcile` are what it
+//! does.
 
 pub mod config;
+
+pub mod reason;
+
+pub mod progress;
 
 pub mod state;
 
@@ -15,5 +20,7 @@ pub mod conductor;
 mod reconcile;
 
 mod scan;
+
+pub mod resync;
 
 mod epoch;

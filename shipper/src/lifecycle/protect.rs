@@ -86,6 +86,8 @@ fn claim(config: &Config, vault: &Vault, folder: &StateFolder) -> Result<(u64, b
     let holder = nix::sys::utsname::uname()
         .map(|name| name.nodename().to_string_lossy().into_owned())
         .unwrap_or_default();
+    // Whoever held it in between may have sent other content for any block.
+    folder.forget_fingerprints()?;
     let generation = generation::claim(vault, &config.machine, &holder)?;
     folder.save_machine(&MachineState::new(
         vault.id(),

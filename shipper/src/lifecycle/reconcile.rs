@@ -6,8 +6,10 @@
 //! |---|---|
 //! | sealed epochs that follow each other and are whole | queued for upload |
 //! | one that is damaged, lacks a segment, follows none, or is of another generation | it and all after it are removed |
-//! | a scan that a sealed or published epoch has taken over | ended |
-//! | a scan that lacks a segment, or of another generation | ended; its fingerprints are forgotten |
+//! | a scan that a sealed or published epoch has taken over | ended; a mark stays |
+//! | a scan that lacks a segment, or of another generation | begun anew; its fingerprints are forgotten |
+//! | a scan that was cancelled | its segments are for the next recovery point |
+//! | a scan or mark of a disk that is not in the configuration | ended |
 //!
 //! With a tracker, every time one is found ([`Conductor::connect`]):
 //!
@@ -16,10 +18,11 @@
 //! | closed E, and E is sealed here | it is told so |
 //! | closed E, and E is not sealed here | given up; its changes are in the open epoch |
 //! | sealed E, and nothing at or after E is sealed or published here | the spool is lost: it takes the changes back |
-//! | another journal than the base's, committed more than the base, every block changed after the base | every block is scanned |
+//! | another journal than the base's, committed more than the base, every block changed after the base | every block of the disk is scanned |
 //! | every block changed after the scan began | the scan begins anew |
 //! | a disk is larger than the base's or the scan's | nothing: its journal calls what is new changed |
-//! | a disk is smaller | every block is scanned |
+//! | a disk is smaller | every block of it is scanned |
+//! | none of this, and a disk is marked (`resync`) | its scan waits until it can get anywhere |
 //!
 //! A sealed epoch is a recovery point of its own and is uploaded whatever the tracker remembers of it:
 //! what the tracker forgot it calls changed, which is more than needed and never less.
@@ -33,7 +36,8 @@ use tracker::extent::{Epoch, blocks_of};
 use tracker::journal::reader::JournalReader;
 
 use super::conductor::{At, Conductor, Link, Trouble};
-use super::state::{DiskScan, ScanState};
+use super::progress::{DiskScan, Stage};
+use super::reason::Reason;
 use crate::error::{Error, ErrorKind, Result};
 use crate::segment::reader::{read_directory, read_directory_file};
 use crate::segment::reference::SegmentRef;
@@ -130,37 +134,40 @@ impl Conductor {
     }
 
     fn load_scan(&mut self) -> Result<()> {
-        let Some(scan) = self.state.scan()? else {
-            return Ok(());
-        };
-        let taken_over = self
-            .base
-            .as_ref()
-            .is_some_and(|base| base.epoch > scan.epoch);
-        if taken_over || !self.scan_is_whole(&scan)? {
-            return self.state.end_scan();
-        }
-        for disk in &scan.disks {
+        let found = self.state.scan()?;
+        let mut scan = found.clone();
+        let newest = self.base.as_ref().map_or(Epoch::ZERO, |base| base.epoch);
+        scan.take_over(newest);
+        scan.disks.retain(|disk| {
+            self.disks
+                .iter()
+                .any(|known| known.config.name == disk.name)
+        });
+        for disk in &mut scan.disks {
+            if !self.scan_is_whole(disk)? {
+                disk.lose_segments(newest);
+            }
             for segment in &disk.segments {
                 let (disk, segment) = (disk.name.clone(), segment.clone());
                 self.uploader.queue(Job::Copied { disk, segment });
             }
         }
-        self.scan = Some(scan);
+        if scan != found {
+            self.state.save_scan(&scan)?;
+        }
+        self.scan = scan;
+        self.show_known_scans();
         Ok(())
     }
 
-    fn scan_is_whole(&self, scan: &ScanState) -> Result<bool> {
-        for disk in &scan.disks {
-            let known = self.disks.iter().any(|known| {
-                known.config.name == disk.name
-                    && blocks_of(known.source.size_bytes()) >= disk.blocks
-            });
-            for segment in &disk.segments {
-                let ours = segment.name.0.generation == self.machine.generation;
-                if !known || !ours || !self.has_segment(&disk.name, segment)? {
-                    return Ok(false);
-                }
+    fn scan_is_whole(&self, disk: &DiskScan) -> Result<bool> {
+        let fits = self.disks.iter().any(|known| {
+            known.config.name == disk.name && blocks_of(known.source.size_bytes()) >= disk.blocks
+        });
+        for segment in &disk.segments {
+            let ours = segment.name.0.generation == self.machine.generation;
+            if !fits || !ours || !self.has_segment(&disk.name, segment)? {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -170,8 +177,7 @@ impl Conductor {
     fn remove_orphans(&self) -> Result<()> {
         let folder = self.state.copy();
         let mut named = Vec::new();
-        let scanned = self.scan.iter().flat_map(|scan| &scan.disks);
-        for disk in scanned {
+        for disk in &self.scan.disks {
             named.extend(
                 disk.segments
                     .iter()
@@ -210,9 +216,11 @@ impl Conductor {
             let name = &disk.config.name;
             let path = self.state.table(name);
             let (owner, size) = (disk.owner.check, disk.source.size_bytes());
-            let (mut table, anew) = Table::open(&path, owner, size, self.highest())?;
-            let base = self.base.as_ref().and_then(|base| base.disk(name));
-            let scan = self.scan.as_ref().and_then(|scan| scan.disk(name));
+            let base = self.base.as_ref().map(|base| base.epoch);
+            let scan = self.scan.disk(name);
+            let trusted = base.max(scan.map(|scan| scan.epoch));
+            let (mut table, anew) = Table::open(&path, owner, size, trusted.unwrap_or_default())?;
+            let base = self.base_disk(name);
             let chain = base.into_iter().flat_map(|disk| &disk.segments);
             for segment in chain.chain(scan.into_iter().flat_map(|disk| &disk.segments)) {
                 if anew || segment.name.0.last_epoch > synced {
@@ -240,7 +248,7 @@ impl Conductor {
 
     /// Finds the tracker, unless it is known, and agrees with it about epochs.
     pub(super) fn connect(&mut self) -> std::result::Result<(), Trouble> {
-        if self.link.is_some() && !self.scan_forced {
+        if self.link.is_some() {
             return Ok(());
         }
         let mut client = ControlClient::connect(&self.config.tracker).at(Part::Tracker)?;
@@ -267,7 +275,7 @@ impl Conductor {
             );
             client.revert().at(Part::Tracker)?;
         }
-        let link = self.settle_scan(Link { client, readers }, &status)?;
+        let link = self.settle_scan(Link { client, readers }, &status, false)?;
         self.link = Some(link);
         Ok(())
     }
@@ -324,7 +332,7 @@ impl Conductor {
         Ok(readers)
     }
 
-    fn base_disk(&self, name: &str) -> Option<&DiskPoint> {
+    pub(super) fn base_disk(&self, name: &str) -> Option<&DiskPoint> {
         self.base.as_ref().and_then(|base| base.disk(name))
     }
 
@@ -339,60 +347,78 @@ impl Conductor {
         })
     }
 
-    /// Whether the journal of a disk tells everything that has changed since the base. That a disk has
-    /// grown since then is among it: the base's size was asked for after its cut, so the growth belongs
-    /// to a later epoch, in which what is new is recorded as changed.
-    fn journal_suffices(&self, served: &DiskStatus, committed: Epoch) -> bool {
-        let Some(base) = &self.base else { return false };
-        self.base_disk(&served.name).is_some_and(|disk| {
-            disk.journal == served.journal_id
-                && disk.size_bytes <= served.size_bytes
-                && committed <= base.epoch
-                && served.resync.is_none_or(|resync| resync <= base.epoch)
-        })
+    /// Why the journal of a disk does not tell everything that has changed since the base; `None` if
+    /// it does. That a disk has grown since then is among what it tells: the base's size was asked for
+    /// after its cut, so the growth belongs to a later epoch, in which what is new is recorded as changed.
+    pub(super) fn journal_fails(&self, served: &DiskStatus, committed: Epoch) -> Option<Reason> {
+        let base = self.base.as_ref().map(|base| base.epoch);
+        let (Some(base), Some(disk)) = (base, self.base_disk(&served.name)) else {
+            return Some(Reason::FirstCopy);
+        };
+        let fails = [
+            (disk.journal != served.journal_id, Reason::OtherJournal),
+            (disk.size_bytes > served.size_bytes, Reason::Smaller),
+            (committed > base, Reason::PointLost),
+            (
+                served.resync.is_some_and(|resync| resync > base),
+                Reason::EveryBlock,
+            ),
+        ];
+        let failing = fails.into_iter().find(|(fails, _)| *fails);
+        failing.map(|(_, reason)| reason)
     }
 
-    /// Whether a scan under way still counts for a disk.
-    fn scan_counts(&self, served: &DiskStatus) -> bool {
-        let scan = self.scan.as_ref();
-        scan.is_some_and(|scan| {
-            scan.disk(&served.name).is_some_and(|disk| {
-                disk.journal == served.journal_id
-                    && disk.blocks <= blocks_of(served.size_bytes)
-                    && served.resync.is_none_or(|resync| resync <= scan.epoch)
-            })
-        })
+    /// Whether a scan still counts for a disk.
+    fn scan_counts(scan: &DiskScan, served: &DiskStatus) -> bool {
+        scan.journal == served.journal_id
+            && scan.blocks <= blocks_of(served.size_bytes)
+            && served.resync.is_none_or(|resync| resync <= scan.epoch)
     }
 
-    /// Begins a scan if one is needed and none that counts is under way.
-    fn settle_scan(
+    /// Why a scan of a disk is to begin now, if it is.
+    fn scan_wanted(
+        &self,
+        served: &DiskStatus,
+        committed: Epoch,
+        requested: bool,
+    ) -> Option<Reason> {
+        let fails = self.journal_fails(served, committed);
+        match self.scan.disk(&served.name) {
+            Some(scan) if scan.stage == Stage::Running => {
+                let begins_anew = !Self::scan_counts(scan, served);
+                begins_anew.then(|| fails.unwrap_or(scan.reason))
+            }
+            Some(scan) if scan.stage == Stage::Marked => {
+                let begins = requested || scan.reason.is_necessary();
+                fails.or(begins.then_some(scan.reason))
+            }
+            _ => fails,
+        }
+    }
+
+    /// Begins the scans that are needed and not under way, and with `requested` those that were asked
+    /// for.
+    pub(super) fn settle_scan(
         &mut self,
         mut link: Link,
         status: &MachineStatus,
+        requested: bool,
     ) -> std::result::Result<Link, Trouble> {
         let mut wanted = Vec::new();
         for disk in &self.disks {
             let served = find_disk(status, &disk.config.name).at(Part::Tracker)?;
-            let under_way = self
-                .scan
-                .as_ref()
-                .is_some_and(|scan| scan.disk(&served.name).is_some());
-            let needed =
-                self.scan_forced || under_way || !self.journal_suffices(served, status.committed);
-            if needed {
-                wanted.push(served.name.clone());
+            if let Some(reason) = self.scan_wanted(served, status.committed, requested) {
+                wanted.push((served.name.clone(), reason));
             }
         }
-        let counts =
-            |name: &String| find_disk(status, name).is_ok_and(|served| self.scan_counts(served));
-        if wanted.iter().all(counts) && !self.scan_forced {
+        if wanted.is_empty() {
             self.show_scan();
             return Ok(link);
         }
         let (epoch, status) = self.open_above(&mut link)?;
         self.take_sizes(&status).at(Part::Tracker)?;
         self.begin_scan(epoch, &wanted, &status).at(Part::Spool)?;
-        self.scan_forced = false;
+        self.show_scan();
         Ok(link)
     }
 
@@ -422,34 +448,29 @@ impl Conductor {
         })
     }
 
-    /// A scan of these disks from their beginning. What an earlier one made stays: it is as good as
-    /// any older content, and blocks that differ from it are copied again.
+    /// Scans of these disks from their beginning.
     fn begin_scan(
         &mut self,
         epoch: Epoch,
-        wanted: &[String],
+        wanted: &[(String, Reason)],
         status: &MachineStatus,
     ) -> Result<()> {
-        let mut disks = Vec::new();
-        for name in wanted {
+        let mut scan = self.scan.clone();
+        for (name, reason) in wanted {
             let served = find_disk(status, name)?;
-            let earlier = self.scan.as_ref().and_then(|scan| scan.disk(name));
-            disks.push(DiskScan {
+            scan.begin(DiskScan {
                 name: name.clone(),
+                reason: *reason,
+                stage: Stage::Running,
+                epoch,
                 journal: served.journal_id.clone(),
                 cursor: 0,
                 blocks: blocks_of(served.size_bytes),
-                segments: earlier
-                    .map(|scan| scan.segments.clone())
-                    .unwrap_or_default(),
+                segments: Vec::new(),
             });
+            tracing::info!("Every block of disk {name} is looked at: {reason}");
         }
-        let scan = ScanState { epoch, disks };
-        self.state.save_scan(&scan)?;
-        tracing::info!("Every block of {} is looked at", wanted.join(", "));
-        self.scan = Some(scan);
-        self.show_scan();
-        Ok(())
+        self.change_scan(scan)
     }
 }
 

@@ -10,8 +10,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tracker::extent::BLOCK_SIZE;
+
 use super::conductor::{At, BUDGET_PAUSE, Conductor, Trouble};
-use super::state::DiskScan;
+use super::progress::{DiskScan, Stage};
 use crate::capture::pipeline::{Captured, Flow, Settings, run};
 use crate::capture::plan::Batches;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,13 +22,15 @@ use crate::segment::reference::SegmentRef;
 use crate::segment::writer::SegmentWriter;
 use crate::spool::files::sync_folder;
 use crate::spool::segment_file;
-use crate::status::{Part, Phase};
+use crate::status::{Part, Phase, ResyncStage, ResyncStatus};
 use crate::upload::Job;
 use crate::upload::retry::Stop;
 
 /// Blocks after which a segment is finished although it is not full, so that the cursor moves on
 /// where little has to be copied: 1 GiB.
 const SLICE_BLOCKS: u64 = (1 << 30) / 4096;
+/// The same where nothing has to be copied, so that no segment is made: 128 MiB.
+const EMPTY_SLICE_BLOCKS: u64 = (128 << 20) / 4096;
 
 /// What one slice came to.
 struct Slice {
@@ -53,9 +57,8 @@ impl Conductor {
 
     /// The first disk that is not done: its index, and its place in the scan.
     fn next_to_scan(&self) -> Option<(usize, usize)> {
-        let scan = self.scan.as_ref()?;
-        let position = scan.disks.iter().position(|disk| !disk.is_done())?;
-        let name = &scan.disks[position].name;
+        let position = self.scan.disks.iter().position(DiskScan::is_running)?;
+        let name = &self.scan.disks[position].name;
         let index = self
             .disks
             .iter()
@@ -65,17 +68,16 @@ impl Conductor {
 
     fn scan_slice(&self, index: usize, position: usize) -> Result<Slice> {
         let gone = || Error::new(ErrorKind::State, "The scan has ended");
-        let scan = self.scan.as_ref().ok_or_else(gone)?;
         let table = self
             .tables
             .as_ref()
             .and_then(|tables| tables.get(index))
             .ok_or_else(gone)?;
-        let (disk, progress) = (&self.disks[index], &scan.disks[position]);
+        let (disk, progress) = (&self.disks[index], &self.scan.disks[position]);
         let name = SegmentName {
             generation: self.machine.generation,
-            first_epoch: scan.epoch,
-            last_epoch: scan.epoch,
+            first_epoch: progress.epoch,
+            last_epoch: progress.epoch,
             number: next_number(progress),
         };
         let path = self.copied_file(&disk.config.name, &name);
@@ -104,7 +106,14 @@ impl Conductor {
                 empty &= frame.runs.is_empty();
                 writer.append(&frame)?;
                 cursor = end_block;
-                let enough = writer.is_full() || cursor - begin >= SLICE_BLOCKS;
+                let slice_blocks = if empty {
+                    EMPTY_SLICE_BLOCKS
+                } else {
+                    SLICE_BLOCKS
+                };
+                // Whoever asks for something does not wait for the end of a slice.
+                let enough =
+                    writer.is_full() || cursor - begin >= slice_blocks || !self.events.is_empty();
                 Ok(if enough { Flow::Stop } else { Flow::Continue })
             },
         )?;
@@ -126,16 +135,15 @@ impl Conductor {
     }
 
     fn keep_slice(&mut self, index: usize, position: usize, slice: Slice) -> Result<()> {
-        let Some(scan) = &mut self.scan else {
-            return Ok(());
-        };
+        let mut scan = self.scan.clone();
         let progress = &mut scan.disks[position];
         progress.cursor = slice.cursor;
         if let Some((segment, _)) = &slice.made {
             progress.segments.push(segment.clone());
         }
         let disk = progress.name.clone();
-        self.state.save_scan(scan)?;
+        self.state.save_scan(&scan)?;
+        self.scan = scan;
         let Some((segment, directory)) = slice.made else {
             return Ok(());
         };
@@ -163,17 +171,59 @@ impl Conductor {
         applied
     }
 
-    /// Shows on the board how far the scan is.
+    /// Shows on the board how far the scans are, and that no other disk needs one.
     pub(super) fn show_scan(&self) {
-        let scanned = |name: &str, blocks: u64| {
-            let scan = self.scan.as_ref().and_then(|scan| scan.disk(name));
-            scan.map_or(blocks, |disk| disk.cursor)
-        };
+        self.show_known_scans();
         self.board.update(|status| {
             for disk in &mut status.disks {
-                disk.scanned_blocks = scanned(&disk.name, disk.blocks);
+                if self.scan.disk(&disk.name).is_none() {
+                    disk.scanned_blocks = disk.blocks;
+                }
             }
         });
+    }
+
+    /// Shows how far the scans are; others may turn out to be needed when the tracker is found.
+    pub(super) fn show_known_scans(&self) {
+        self.board.update(|status| {
+            for disk in &mut status.disks {
+                let scan = self.scan.disk(&disk.name);
+                if let Some(scan) = scan {
+                    let running = scan.is_running();
+                    disk.scanned_blocks = if running { scan.cursor } else { disk.blocks };
+                }
+                let shown = scan.filter(|scan| scan.stage != Stage::Cancelled);
+                disk.resync = shown.map(|scan| resync_status(scan, disk.size_bytes));
+            }
+        });
+    }
+}
+
+fn resync_status(scan: &DiskScan, size_bytes: u64) -> ResyncStatus {
+    let blocks = if scan.stage == Stage::Marked {
+        0
+    } else {
+        scan.blocks
+    };
+    let bytes = |blocks: u64| blocks.saturating_mul(BLOCK_SIZE).min(size_bytes);
+    let compared = bytes(scan.cursor.min(blocks));
+    let percent = u128::from(scan.cursor.min(blocks)) * 100 / u128::from(blocks.max(1));
+    ResyncStatus {
+        reason: scan.reason.name().to_owned(),
+        why: scan.reason.to_string(),
+        stage: match scan.stage {
+            Stage::Marked | Stage::Cancelled => ResyncStage::Marked,
+            Stage::Running if scan.is_complete() => ResyncStage::Complete,
+            Stage::Running => ResyncStage::Running,
+        },
+        cancellable: !scan.reason.is_necessary() && !scan.is_complete(),
+        compared_bytes: compared,
+        total_bytes: if blocks == 0 {
+            size_bytes
+        } else {
+            bytes(blocks)
+        },
+        percent: percent as u64,
     }
 }
 

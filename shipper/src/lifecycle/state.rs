@@ -1,4 +1,4 @@
-//! The state folder of a machine: which generation this shipper holds, and how far the first copy is.
+//! The state folder of a machine: which generation this shipper holds, and how far scans are.
 //!
 //! One process at a time works in it: the folder is locked as long as [`StateFolder`] lives.
 
@@ -8,11 +8,10 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tracker::extent::Epoch;
 
 use super::config::Config;
+use super::progress::ScanState;
 use crate::error::{Error, ErrorKind, Result};
-use crate::segment::reference::SegmentRef;
 use crate::spool::files::{failed, make_folder, read_if_present, remove_if_present, replace};
 use crate::vault::Vault;
 
@@ -64,54 +63,6 @@ impl MachineState {
             return mismatch(format!("another vault than {}", config.vault));
         }
         Ok(())
-    }
-}
-
-/// How far a scan of the disks is: the first copy, or a comparison with all fingerprints.
-///
-/// Its segments lie between the last recovery point and the next one, which will name them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ScanState {
-    /// An epoch of its own, above all before it; every change since its end is tracked. If the
-    /// journal calls every block changed as of a later epoch, the scan begins anew.
-    pub epoch: Epoch,
-    /// The disks that are scanned.
-    pub disks: Vec<DiskScan>,
-}
-
-/// How far the scan of one disk is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskScan {
-    /// Name of the disk.
-    pub name: String,
-    /// The journal that tells of changes during the scan.
-    pub journal: String,
-    /// Blocks before this one are done.
-    pub cursor: u64,
-    /// Blocks of the disk when the scan began.
-    pub blocks: u64,
-    /// The segments made, oldest first.
-    pub segments: Vec<SegmentRef>,
-}
-
-impl DiskScan {
-    /// Whether the whole disk was seen.
-    pub fn is_done(&self) -> bool {
-        self.cursor >= self.blocks
-    }
-}
-
-impl ScanState {
-    /// Whether all disks were seen.
-    pub fn is_done(&self) -> bool {
-        self.disks.iter().all(DiskScan::is_done)
-    }
-
-    /// The scan of a disk.
-    pub fn disk(&self, name: &str) -> Option<&DiskScan> {
-        self.disks.iter().find(|disk| disk.name == name)
     }
 }
 
@@ -207,6 +158,22 @@ impl StateFolder {
         Ok(())
     }
 
+    /// Forgets the fingerprints of all disks: the next start reads them from the vault.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be removed.
+    pub fn forget_fingerprints(&self) -> Result<()> {
+        let folder = self.root.join("fingerprints");
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed("remove", &folder, error));
+            }
+            _ => {}
+        }
+        make_folder(&folder)
+    }
+
     fn machine_file(&self) -> PathBuf {
         self.root.join("machine.json")
     }
@@ -244,31 +211,26 @@ impl StateFolder {
         save(&self.machine_file(), state)
     }
 
-    /// The scan that is under way.
+    /// The scans that are marked, under way or cancelled.
     ///
     /// # Errors
     ///
     /// The file is damaged.
-    pub fn scan(&self) -> Result<Option<ScanState>> {
-        load(&self.scan_file())
+    pub fn scan(&self) -> Result<ScanState> {
+        Ok(load(&self.scan_file())?.unwrap_or_default())
     }
 
-    /// Keeps how far the scan is; durable when it returns.
+    /// Keeps how far the scans are; durable when it returns.
     ///
     /// # Errors
     ///
     /// It cannot be written.
     pub fn save_scan(&self, scan: &ScanState) -> Result<()> {
-        save(&self.scan_file(), scan)
-    }
-
-    /// The scan's segments are named by a recovery point, or it is given up.
-    ///
-    /// # Errors
-    ///
-    /// It cannot be removed.
-    pub fn end_scan(&self) -> Result<()> {
-        remove_if_present(&self.scan_file())
+        if scan.disks.is_empty() {
+            remove_if_present(&self.scan_file())
+        } else {
+            save(&self.scan_file(), scan)
+        }
     }
 }
 

@@ -177,6 +177,22 @@ impl Spool {
         }
     }
 
+    /// Bytes of the segments of a disk in the spool.
+    ///
+    /// # Errors
+    ///
+    /// A folder cannot be read.
+    pub fn bytes_of(&self, disk: &str) -> Result<u64> {
+        // No name of a disk has a plus in it.
+        let begin = format!("{disk}+");
+        let mut sum = 0;
+        for epoch in self.epochs()? {
+            let is_its = |name: &str| name.starts_with(&begin);
+            sum += bytes_where(&self.folder(epoch), is_its)?;
+        }
+        Ok(sum)
+    }
+
     /// Bytes of everything in the spool.
     ///
     /// # Errors
@@ -191,8 +207,12 @@ impl Spool {
     }
 }
 
-/// Bytes of the files of a folder; zero if it is not there.
+/// Bytes of all files of a folder; zero if it is not there.
 pub fn folder_bytes(folder: &Path) -> Result<u64> {
+    bytes_where(folder, |_| true)
+}
+
+fn bytes_where(folder: &Path, counts: impl Fn(&str) -> bool) -> Result<u64> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
@@ -201,6 +221,7 @@ pub fn folder_bytes(folder: &Path) -> Result<u64> {
     // A file that an upload has just removed counts for nothing.
     Ok(entries
         .flatten()
+        .filter(|entry| counts(&entry.file_name().to_string_lossy()))
         .filter_map(|entry| entry.metadata().ok())
         .map(|m| m.len())
         .sum())
