@@ -19,6 +19,8 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// One machine with its files.
 pub struct Site {
     root: TempDir,
+    /// Where disks, journals and the shipper's state lie, if not in the temporary directory.
+    storage: Option<PathBuf>,
     disks: Vec<(String, u64)>,
     /// Seconds or another unit between recovery points, as in the configuration.
     pub interval: String,
@@ -46,12 +48,26 @@ impl Site {
     ///
     /// The files cannot be made.
     pub fn new_in(folder: &Path, disks: &[(&str, u64)]) -> Self {
+        Self::make(folder, None, disks)
+    }
+
+    /// The same with disks, journals and the shipper's state in another folder, apart from the vault.
+    ///
+    /// # Panics
+    ///
+    /// The files cannot be made.
+    pub fn new_on(storage: &Path, disks: &[(&str, u64)]) -> Self {
+        Self::make(&std::env::temp_dir(), Some(storage.to_owned()), disks)
+    }
+
+    fn make(folder: &Path, storage: Option<PathBuf>, disks: &[(&str, u64)]) -> Self {
         let root = tempfile::Builder::new()
             .prefix("tidemark-")
             .tempdir_in(folder)
             .expect("a temporary directory");
         let site = Self {
             root,
+            storage,
             disks: disks
                 .iter()
                 .map(|(name, size)| ((*name).to_owned(), *size))
@@ -78,14 +94,18 @@ impl Site {
         self.root().join(name)
     }
 
+    fn stored(&self, name: &str) -> PathBuf {
+        self.storage.as_deref().unwrap_or(self.root()).join(name)
+    }
+
     /// The image of a disk.
     pub fn image(&self, disk: &str) -> PathBuf {
-        self.path(&format!("{disk}.img"))
+        self.stored(&format!("{disk}.img"))
     }
 
     /// The journal of a disk.
     pub fn journal(&self, disk: &str) -> PathBuf {
-        self.path(&format!("{disk}.img.hrl"))
+        self.stored(&format!("{disk}.img.hrl"))
     }
 
     /// The NBD socket.
@@ -110,7 +130,7 @@ impl Site {
 
     /// The shipper's state directory.
     pub fn state(&self) -> PathBuf {
-        self.path("state")
+        self.stored("state")
     }
 
     /// The configuration file.
