@@ -34,7 +34,8 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    match carry_out(arguments.command) {
+    let checked = tracker::failpoint::check().map_err(Error::from);
+    match checked.and_then(|()| carry_out(arguments.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("shipper: {}", error.chain());

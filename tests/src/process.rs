@@ -45,16 +45,57 @@ pub fn program(name: &str) -> PathBuf {
     folder.join(name)
 }
 
+/// Path of one of the programs as built with failpoints, which lie below the folder of the others.
+///
+/// They are built first, unless `TIDEMARK_BUILT=1` says that this was done; all but the two packages
+/// themselves is shared with the ordinary build.
+///
+/// # Panics
+///
+/// The build fails, or is not there.
+pub fn program_with_failpoints(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let test = std::env::current_exe().expect("the path of this test");
+        let ordinary = test.parent().and_then(Path::parent);
+        let ordinary = ordinary.expect("a test stands in target/PROFILE/deps");
+        let target = ordinary.parent().expect("target");
+        let own = target.join("failpoints");
+        let profile = ordinary.file_name().expect("a profile");
+        let folder = own.join(profile);
+        if std::env::var("TIDEMARK_BUILT").as_deref() != Ok("1") {
+            let mut command = cargo_build(ordinary);
+            command.args(["--features", "tracker/failpoints"]);
+            command.env("CARGO_TARGET_DIR", own);
+            run_build(command.env("CARGO_BUILD_BUILD_DIR", target));
+        }
+        folder
+    });
+    let path = folder.join(name);
+    assert!(path.exists(), "{} was not built", path.display());
+    path
+}
+
 fn build(folder: &Path) {
+    let mut command = cargo_build(folder);
+    if let Some(target) = folder.parent() {
+        command.env("CARGO_TARGET_DIR", target);
+    }
+    run_build(&mut command);
+}
+
+/// A build of both programs for the tests that lie in this folder.
+fn cargo_build(folder: &Path) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(["build", "--quiet", "-p", "tracker", "-p", "shipper"]);
     if folder.ends_with("release") {
         command.arg("--release");
     }
-    if let Some(target) = folder.parent() {
-        command.env("CARGO_TARGET_DIR", target);
-    }
+    command
+}
+
+fn run_build(command: &mut Command) {
     let status = command
         .current_dir(workspace())
         .status()
@@ -205,6 +246,24 @@ impl Daemon {
     #[track_caller]
     pub fn start(name: &str, command: &mut Command) -> Self {
         let begin = Instant::now();
+        let mut daemon = Self::spawn(name, command);
+        let ready = daemon.await_line(START_DEADLINE, |line| line.starts_with("Ready"));
+        daemon.start_time = begin.elapsed();
+        assert!(
+            ready.is_some(),
+            "{name} was not ready ({command:?}):\n{}",
+            daemon.log()
+        );
+        daemon
+    }
+
+    /// Starts a program that may never be ready.
+    ///
+    /// # Panics
+    ///
+    /// It cannot be started.
+    #[track_caller]
+    pub fn spawn(name: &str, command: &mut Command) -> Self {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -222,22 +281,14 @@ impl Daemon {
             let lines = Arc::clone(&lines);
             readers.push(std::thread::spawn(move || collect(pipe, &lines, &arrived)));
         }
-        let mut daemon = Self {
+        Self {
             name: name.to_owned(),
             child,
             lines,
             arrivals,
             readers,
             start_time: Duration::ZERO,
-        };
-        let ready = daemon.await_line(START_DEADLINE, |line| line.starts_with("Ready"));
-        daemon.start_time = begin.elapsed();
-        assert!(
-            ready.is_some(),
-            "{name} was not ready ({command:?}):\n{}",
-            daemon.log()
-        );
-        daemon
+        }
     }
 
     /// Time from the start to the `Ready` line.
@@ -340,6 +391,20 @@ impl Daemon {
                 Err(RecvTimeoutError::Timeout) => return false,
             }
         }
+    }
+
+    /// Waits until it has ended; how, and everything that it has printed.
+    ///
+    /// # Panics
+    ///
+    /// It does not end in time.
+    #[track_caller]
+    pub fn outcome(mut self, limit: Duration) -> (ExitStatus, String) {
+        let ended = self.await_end(limit);
+        assert!(ended, "{} did not end:\n{}", self.name, self.log());
+        let status = self.child.wait().expect("wait");
+        self.end();
+        (status, self.log())
     }
 
     /// Whether it still runs.

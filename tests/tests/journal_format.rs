@@ -7,9 +7,9 @@ use std::mem::offset_of;
 use tests::process::workspace;
 use tracker::journal::format::{
     ALARM_OFFSET, ALARM_WORDS, CHECKPOINT_HEAD_BYTES, CHECKPOINT_PAGE_BLOCKS, COUNTER_MAX,
-    CheckpointHead, EPOCH_MAX, FLAG_CLEAN, FLAG_REPLACED, INTENT_OFFSET, INTENT_PAGES_RANGE, MAGIC,
-    PAGE_BYTES, RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE, SetDescriptor, Superblock,
-    TIME_WORDS, Time, VERSION, encode_time,
+    CheckpointHead, DOUBT_WORD, EPOCH_MAX, FLAG_CLEAN, FLAG_REPLACED, INTENT_OFFSET,
+    INTENT_PAGES_RANGE, MAGIC, PAGE_BYTES, RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE,
+    SetDescriptor, Superblock, TIME_WORDS, Time, VERSION, encode_time,
 };
 use tracker::journal::intent::page::{CONTEXT_MAX, NO_REGION, Transaction, UPDATES_MAX};
 use tracker::journal::{CLOCK_STEP_MS, MARGIN_MS, POWER_CUT_LAG_MS, POWER_CUT_MARGIN_MS};
@@ -146,9 +146,9 @@ fn offsets_are_those_of_the_program() {
     );
     let alarm = &tables(&sections["Alarm"])[0];
     assert_eq!(alarm[ALARM_WORDS].0, ALARM_WORDS * 8);
-    let words = ALARM_WORDS + TIME_WORDS;
-    assert_eq!(alarm.len(), words + 1);
-    assert_eq!(alarm[words].0, words * 8);
+    assert_eq!(alarm[DOUBT_WORD].0, DOUBT_WORD * 8);
+    assert_eq!(DOUBT_WORD, ALARM_WORDS + TIME_WORDS);
+    assert_eq!(alarm.len(), DOUBT_WORD + 2);
 }
 
 #[test]

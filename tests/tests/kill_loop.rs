@@ -3,7 +3,11 @@
 //!
 //! Each round ends with a comparison of the images with the model, and of the restored disks with the
 //! images. The moment of a kill is a random number of acknowledged requests, so that a seed replays the
-//! same load, though not the same interleaving. `ROUNDS=` sets another number of rounds.
+//! same load, though not the same interleaving. `WORLDS=` and `ROUNDS=` set other numbers of worlds of each
+//! kind and of rounds in each of them.
+//!
+//! A restore reads the directories of all segments, so a world that grows old is a slow one: there are many
+//! of them, and each has disks that are small enough to be compared in every round.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::HashMap;
@@ -23,8 +27,9 @@ use tests::seed::Random;
 use tests::site::{Site, assert_same, for_each_chunk};
 
 const MIB: u64 = 1 << 20;
-/// Rounds of each of the four worlds.
-const ROUNDS: u64 = 55;
+/// Worlds of each of the four kinds, and rounds of each world: a thousand rounds in all.
+const WORLDS: u64 = 5;
+const ROUNDS: u64 = 50;
 /// Time for acknowledgements to come, and for a cut to succeed after a restart.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -46,9 +51,9 @@ struct World {
 
 #[test]
 fn one_disk_cuts_by_hand() {
-    world(
+    worlds(
         "one_disk_cuts_by_hand",
-        &[("disk", 64 * MIB)],
+        &[("disk", 16 * MIB)],
         "1h",
         "64MiB",
     );
@@ -56,9 +61,9 @@ fn one_disk_cuts_by_hand() {
 
 #[test]
 fn one_disk_cut_all_the_time() {
-    world(
+    worlds(
         "one_disk_cut_all_the_time",
-        &[("disk", 64 * MIB)],
+        &[("disk", 16 * MIB)],
         "50ms",
         "1MiB",
     );
@@ -66,9 +71,9 @@ fn one_disk_cut_all_the_time() {
 
 #[test]
 fn a_tiny_ring_folds_all_the_time() {
-    world(
+    worlds(
         "a_tiny_ring_folds_all_the_time",
-        &[("disk", 96 * MIB)],
+        &[("disk", 24 * MIB)],
         "200ms",
         "16KiB",
     );
@@ -76,12 +81,28 @@ fn a_tiny_ring_folds_all_the_time() {
 
 #[test]
 fn two_disks_with_odd_sizes() {
-    let disks = [("first", 48 * MIB + 512), ("second", 32 * MIB + 3584)];
-    world("two_disks_with_odd_sizes", &disks, "200ms", "256KiB");
+    let disks = [("first", 12 * MIB + 512), ("second", 8 * MIB + 3584)];
+    worlds("two_disks_with_odd_sizes", &disks, "200ms", "256KiB");
+}
+
+/// A number from the environment, or the usual one.
+fn setting(name: &str, usual: u64) -> u64 {
+    std::env::var(name).map_or(usual, |text| text.parse().expect("a number"))
+}
+
+fn worlds(test: &str, disks: &[(&'static str, u64)], interval: &str, ring_size: &str) {
+    for number in 1..=setting("WORLDS", WORLDS) {
+        world(
+            &format!("{test}, world {number}"),
+            disks,
+            interval,
+            ring_size,
+        );
+    }
 }
 
 fn world(test: &str, disks: &[(&'static str, u64)], interval: &str, ring_size: &str) {
-    let rounds = std::env::var("ROUNDS").map_or(ROUNDS, |text| text.parse().expect("a number"));
+    let rounds = setting("ROUNDS", ROUNDS);
     let mut site = Site::new(disks);
     site.interval = interval.to_owned();
     site.tracker_arguments = vec!["--ring-size".into(), ring_size.into()];

@@ -1,8 +1,13 @@
 //! Named places at which a kill leaves something half done, or at which others may come in between.
 //!
 //! A test watches them and looks at what SIGKILL would leave at each, or does there what another
-//! thread might do; see the tests of `journal` and `epoch`. Outside of tests a place is nothing at
-//! all.
+//! thread might do; see the tests of `journal` and `epoch`. A program built with the feature `failpoints`
+//! does at them what its environment says (`armed`). In all others a place is nothing at all.
+
+#[cfg(feature = "failpoints")]
+mod armed;
+
+use crate::error::Result;
 
 /// A place between two steps of something that must survive what happens in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,6 +20,9 @@ pub enum Place {
     AdmitAfterRecordBeforeMark,
     WriteAfterAdmissionBeforeData,
     WriteAfterWaitBeforeData,
+    WriteAfterDataBeforeReply,
+    FlushAfterDataBeforeSync,
+    IntentAfterEvictionBeforePlan,
     IntentAfterPlanBeforeWrite,
     IntentAfterWriteBeforeDurable,
     IntentAfterArmBeforeNext,
@@ -28,6 +36,7 @@ pub enum Place {
     UpdateAfterPublishBeforeSync,
     UpdateAfterSyncBeforeTail,
     UpdateAfterAlarmBeforePunch,
+    FoldAfterScanBeforePages,
     FoldAfterPageBeforeNext,
     FoldAfterPagesBeforeSync,
     FoldAfterPagesBeforePublish,
@@ -36,6 +45,7 @@ pub enum Place {
     ReplaceAfterBothBeforeCopy,
     ReplaceAfterCopyBeforeRename,
     ReplaceAfterRenameBeforeSwitch,
+    ReplaceAfterSwitchBeforeFolder,
     DistrustAfterPublishBeforeRing,
     DistrustAfterRingBeforeSets,
     RecoverAfterHolesBeforeSuspects,
@@ -62,8 +72,8 @@ pub enum Place {
 
 impl Place {
     /// All of them.
-    #[cfg(test)]
-    pub const ALL: [Self; 50] = [
+    #[cfg(any(test, feature = "failpoints"))]
+    pub const ALL: [Self; 55] = [
         Self::RecordAfterClaimBeforeFill,
         Self::FillAfterMarkBeforeWords,
         Self::FillAfterWordsBeforeSequence,
@@ -71,6 +81,9 @@ impl Place {
         Self::AdmitAfterRecordBeforeMark,
         Self::WriteAfterAdmissionBeforeData,
         Self::WriteAfterWaitBeforeData,
+        Self::WriteAfterDataBeforeReply,
+        Self::FlushAfterDataBeforeSync,
+        Self::IntentAfterEvictionBeforePlan,
         Self::IntentAfterPlanBeforeWrite,
         Self::IntentAfterWriteBeforeDurable,
         Self::IntentAfterArmBeforeNext,
@@ -84,6 +97,7 @@ impl Place {
         Self::UpdateAfterPublishBeforeSync,
         Self::UpdateAfterSyncBeforeTail,
         Self::UpdateAfterAlarmBeforePunch,
+        Self::FoldAfterScanBeforePages,
         Self::FoldAfterPageBeforeNext,
         Self::FoldAfterPagesBeforeSync,
         Self::FoldAfterPagesBeforePublish,
@@ -92,6 +106,7 @@ impl Place {
         Self::ReplaceAfterBothBeforeCopy,
         Self::ReplaceAfterCopyBeforeRename,
         Self::ReplaceAfterRenameBeforeSwitch,
+        Self::ReplaceAfterSwitchBeforeFolder,
         Self::DistrustAfterPublishBeforeRing,
         Self::DistrustAfterRingBeforeSets,
         Self::RecoverAfterHolesBeforeSuspects,
@@ -137,11 +152,24 @@ pub fn canary(_canary: Canary) -> bool {
     false
 }
 
+/// Reads what the environment asks for at the places, where this program was built to heed it.
+///
+/// # Errors
+///
+/// It is not understood.
+pub fn check() -> Result<()> {
+    #[cfg(feature = "failpoints")]
+    armed::check()?;
+    Ok(())
+}
+
 /// Tells the test that runs on this thread, if it watches, that a place is reached.
 #[inline(always)]
 pub fn reached(_place: Place) {
     #[cfg(test)]
     watch::tell(watch::Event::Reached(_place));
+    #[cfg(feature = "failpoints")]
+    armed::reached(_place);
 }
 
 /// What the storage of this file would do at this place: a test may have it fail.
@@ -152,8 +180,9 @@ pub fn reached(_place: Place) {
 #[inline(always)]
 pub fn attempt(_place: Place, _file: &std::fs::File) -> std::io::Result<()> {
     #[cfg(test)]
-    return watch::attempt(_place, _file);
-    #[cfg(not(test))]
+    watch::attempt(_place, _file)?;
+    #[cfg(feature = "failpoints")]
+    armed::attempt(_place)?;
     Ok(())
 }
 

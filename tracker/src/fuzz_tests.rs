@@ -6,19 +6,25 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::control::protocol::{Request as ControlRequest, decode_request, encode_request};
 use crate::disk::{LiveSize, NewSize};
-use crate::extent::Epoch;
+use crate::extent::{Epoch, Extent};
+use crate::failpoint::set_boot;
 use crate::journal::format::{
-    Operation, PAGE_BYTES, PageState, Record, Slot, Superblock, decode_alarm, encode_alarm,
-    judge_checkpoint_page, seal_checkpoint_page,
+    COUNTER_MAX, DISK_BLOCKS_MAX, EPOCH_MAX, Operation, PAGE_BYTES, PageState, RECORD_BLOCKS_MAX,
+    Record, Slot, Superblock, decode_alarm, encode_alarm, judge_checkpoint_page,
+    seal_checkpoint_page,
 };
+use crate::journal::intent::page::Transaction;
+use crate::journal::specimen::{self, Account, Blocks, SIZE_BYTES};
+use crate::journal::{self, Found};
 use crate::nbd::handshake::{Export, negotiate, parse_info_request};
 use crate::nbd::listener::Stream;
 use crate::nbd::metadata::{Context, ContextRequest, ContextSet};
@@ -37,7 +43,7 @@ struct Target {
     factor: u32,
 }
 
-const TARGETS: [Target; 11] = [
+const TARGETS: [Target; 12] = [
     Target {
         name: "compact request",
         valid: |numbers| valid_request(Mode::Structured, numbers),
@@ -90,6 +96,12 @@ const TARGETS: [Target; 11] = [
         name: "checkpoint page",
         valid: valid_page,
         decode: page,
+        factor: 1,
+    },
+    Target {
+        name: "journal",
+        valid: valid_changes,
+        decode: |bytes| recovery(bytes, |_| ()),
         factor: 1,
     },
     Target {
@@ -409,6 +421,301 @@ fn alarm(bytes: &[u8]) -> Result<bool, String> {
     }
 }
 
+/// A journal as a whole is told as changes of one that is valid, 8 bytes each.
+fn valid_changes(numbers: &[u64]) -> Vec<u8> {
+    let count = numbers[0] as usize % 4 + 1;
+    let changes = numbers.iter().skip(1).take(count);
+    changes.flat_map(|number| number.to_le_bytes()).collect()
+}
+
+/// One change of a journal.
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    kind: u64,
+    /// Which copy, page or slot, and which field.
+    place: u64,
+    field: u64,
+    value: u64,
+}
+
+impl Change {
+    fn of(bytes: &[u8; 8]) -> Self {
+        let number = u64::from_le_bytes(*bytes);
+        Self {
+            kind: number % 16,
+            field: number >> 4 & 0xff,
+            place: number >> 12 & 0xf_ffff,
+            value: number >> 32,
+        }
+    }
+
+    /// A change whose check does not fit.
+    fn is_damage(self) -> bool {
+        self.kind < 6
+    }
+
+    /// A number at one of the borders of something, or near the one that was there.
+    fn number(self, before: u64) -> u64 {
+        let borders = [
+            0,
+            SIZE_BYTES,
+            u64::from(u32::MAX),
+            1 << 40,
+            EPOCH_MAX,
+            1 << 50,
+            COUNTER_MAX,
+            u64::MAX,
+        ];
+        let step = (self.value >> 8) % 8;
+        match self.value % 16 {
+            0..8 => borders[self.value as usize % 8]
+                .wrapping_add(step)
+                .wrapping_sub(4),
+            8..12 => before.wrapping_add(step).wrapping_sub(4),
+            12 => before.wrapping_mul(2),
+            13 => 1 << (self.value >> 8 & 63),
+            14 => self.value >> 24,
+            _ => self.value.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        }
+    }
+
+    fn apply(self, bytes: &mut Vec<u8>) {
+        match self.kind {
+            0..6 => self.damage(bytes),
+            6..9 => (0..2)
+                .filter(|copy| self.place % 3 != copy + 1)
+                .for_each(|copy| self.change_superblock(bytes, copy as usize)),
+            9 | 10 => self.change_record(bytes),
+            11 | 12 => self.change_transaction(bytes),
+            13 => {
+                let word = self.place as usize % 2048 * 8;
+                let word = if word < 1024 {
+                    word % 64 + 8192
+                } else {
+                    word + 262_144 - 1024
+                };
+                let epoch = Epoch(self.number(4) & EPOCH_MAX);
+                put(bytes, word, &encode_alarm(epoch).to_le_bytes());
+            }
+            14 => {
+                let layout = specimen::superblock(&specimen::left_open().bytes, 0);
+                let number = self.place % 32;
+                let first = layout.checkpoint_offset.get() as usize + number as usize * PAGE_BYTES;
+                if let Some(page) = bytes.get_mut(first..first + PAGE_BYTES) {
+                    page[32 + self.field as usize * 8] ^= 0x18;
+                    seal_checkpoint_page(page, self.number(number % 16), self.value % 8);
+                }
+            }
+            _ => {
+                let length = bytes.len() as u64;
+                let new = [
+                    self.place,
+                    length,
+                    length + self.place,
+                    length - self.place % length.max(1),
+                ];
+                bytes.resize(new[self.field as usize % 4] as usize, 0);
+            }
+        }
+    }
+
+    /// Up to three bytes of an area change.
+    fn damage(self, bytes: &mut [u8]) {
+        let layout = specimen::superblock(&specimen::left_open().bytes, 0);
+        let areas = [
+            0..8192,
+            8192..8192 + 56,
+            12_288..layout.overflow_offset.get(),
+            layout.overflow_offset.get()..layout.ring_offset.get(),
+            layout.ring_offset.get()..layout.head_bytes(),
+            layout.checkpoint_offset.get()..layout.file_bytes(),
+        ];
+        let area = &areas[self.kind as usize % 6];
+        let place = area.start + self.place % (area.end - area.start);
+        for (offset, change) in self.value.to_le_bytes().iter().take(3).enumerate() {
+            if let Some(byte) = bytes.get_mut(place as usize + offset) {
+                *byte ^= change | u8::from(offset == 0);
+            }
+        }
+    }
+
+    /// A field of a superblock changes, or several that go together.
+    fn change_superblock(self, bytes: &mut [u8], copy: usize) {
+        let Some(page) = bytes.get(copy * PAGE_BYTES..(copy + 1) * PAGE_BYTES) else {
+            return;
+        };
+        let Ok(mut superblock) = Superblock::read_from_bytes(page) else {
+            return;
+        };
+        if self.kind == 8 {
+            let pages = 61 + self.place % 3 * 20;
+            superblock.intent_bytes = (pages * 4096).into();
+            superblock.overflow_offset = (12_288 + pages * 4096).into();
+            superblock.overflow_bytes = (self.place / 3 % 3 * 8192).into();
+            let ring = superblock.overflow_offset.get() + superblock.overflow_bytes.get();
+            superblock.ring_offset = ring.into();
+            superblock.ring_records = (512 + self.place / 9 % 3 * 128).into();
+            superblock.overflow_unit_bytes = (1 << (20 + self.field % 34)).into();
+            superblock.checkpoint_offset = (superblock.head_bytes() + self.value % 3 * 4096).into();
+            superblock.version = (1 + (self.value >> 4) as u32 % 3).into();
+        } else {
+            let mut all = superblock.as_bytes().to_vec();
+            let field = 8 + self.field as usize % 64 * 4;
+            let wide = self.value >> 31 == 1 || field >= 88;
+            let field = if wide { field / 8 * 8 } else { field };
+            let mut word = [0; 8];
+            let length = if wide { 8 } else { 4 };
+            word[..length].copy_from_slice(&all[field..field + length]);
+            let number = self.number(u64::from_le_bytes(word)).to_le_bytes();
+            all[field..field + length].copy_from_slice(&number[..length]);
+            superblock = Superblock::read_from_bytes(&all).unwrap_or(superblock);
+        }
+        superblock.seal();
+        put(bytes, copy * PAGE_BYTES, superblock.as_bytes());
+    }
+
+    fn change_record(self, bytes: &mut [u8]) {
+        let layout = specimen::superblock(&specimen::left_open().bytes, 0);
+        let slot = self.place % 512;
+        let offset = layout.ring_offset.get() + slot * 32;
+        let number = |field: u64, before: u64| match self.field % 4 == field {
+            true => self.number(before),
+            false => before,
+        };
+        let near = layout.ring_tail.get() / 512 * 512 + slot;
+        let record = Record {
+            sequence: number(0, near + self.field / 4 % 2 * 512),
+            epoch: Epoch(number(1, 4) & EPOCH_MAX),
+            operation: Operation::Write,
+            first_block: number(2, 77) & (DISK_BLOCKS_MAX - 1),
+            block_count: number(3, 9) & RECORD_BLOCKS_MAX,
+        };
+        let words = record.encode().map(u64::to_le_bytes);
+        put(bytes, offset as usize, words.as_flattened());
+    }
+
+    fn change_transaction(self, bytes: &mut [u8]) {
+        let pages = 61;
+        let page = self.place % pages;
+        let number = |field: u64, before: u64| match self.field % 8 == field {
+            true => self.number(before),
+            false => before,
+        };
+        let sequence = number(0, 2 * pages + page - self.field / 8 % 2 * pages);
+        let (chain, slots) = (number(1, sequence), number(2, 800));
+        let mut transaction = Transaction::new(sequence, chain, slots as u32);
+        transaction.context_first = (number(3, 0) as u32).into();
+        transaction.update_count = (number(4, 128) as u16).into();
+        transaction.context_count = (number(5, 748) as u16).into();
+        for (index, update) in transaction.updates.iter_mut().enumerate() {
+            update.slot = (number(6, index as u64) as u32).into();
+            update.region = (number(7, index as u64) as u32).into();
+        }
+        let mut sealed = vec![0; PAGE_BYTES];
+        transaction.seal(&mut sealed);
+        put(bytes, 12_288 + page as usize * PAGE_BYTES, &sealed);
+    }
+}
+
+fn put(bytes: &mut [u8], place: usize, new: &[u8]) {
+    if let Some(target) = bytes.get_mut(place..place + new.len()) {
+        target.copy_from_slice(new);
+    }
+}
+
+/// Bytes of memory that the process may use at once for a journal of half a million bytes, other tests
+/// beside it included.
+const MEMORY_BYTES_MAX: u64 = 2 << 30;
+
+/// Opens a changed journal in the same and in another boot. Whether one of them took it. `prepare` sees
+/// the bytes before.
+fn recovery(bytes: &[u8], prepare: fn(&mut [u8])) -> Result<bool, String> {
+    let changes: Vec<Change> = bytes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .take(16)
+        .map(Change::of)
+        .collect();
+    let mut journal = specimen::left_open().bytes.clone();
+    changes.iter().for_each(|change| change.apply(&mut journal));
+    prepare(&mut journal);
+    let folder = specimen::folder();
+    let path = folder.path().join("disk.hrl");
+    let only_damage = changes.iter().all(|change| change.is_damage());
+    let mut taken = false;
+    for boot in [specimen::BOOT, specimen::NEXT_BOOT] {
+        std::fs::write(&path, &journal).map_err(|error| error.to_string())?;
+        // Also the peak so far is forgotten.
+        let _unless_forbidden = std::fs::write("/proc/self/clear_refs", "5");
+        set_boot(Some(boot));
+        let lived = live(&path, only_damage, boot == specimen::NEXT_BOOT);
+        set_boot(None);
+        taken |= lived.map_err(|what| format!("{what} after {changes:?}"))?;
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let peak = peak.and_then(|text| text.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        if peak.unwrap_or(0) << 10 > MEMORY_BYTES_MAX {
+            return Err(format!("It took {peak:?} KiB after {changes:?}"));
+        }
+    }
+    Ok(taken)
+}
+
+/// What a journal that opens has to be able to do. Whether it opens.
+fn live(path: &Path, only_damage: bool, power_cut: bool) -> Result<bool, String> {
+    let failed = |error: crate::error::Error| error.chain();
+    let _ = (
+        journal::verify(path),
+        journal::dump(path, &mut std::io::sink()),
+    );
+    let _ = Account::of(path);
+    let Ok((opened, report)) = journal::open(path, &specimen::options()) else {
+        return Ok(false);
+    };
+    let account = Account::of(path).map_err(failed)?;
+    if only_damage {
+        let known = specimen::left_open().check(&account, power_cut);
+        known.map_err(|what| format!("{what} from {report}"))?;
+    }
+    let open = opened.state().open;
+    let extent = Extent {
+        first_block: 100,
+        block_count: 300,
+    };
+    opened.record(open, extent, Operation::Trim);
+    opened.maintain().map_err(failed)?;
+    let mut blocks = Blocks::default();
+    blocks.insert(extent);
+    let told = Account::of(path).map_err(failed)?.open;
+    if !told.all && !told.blocks.contains_all(&blocks) {
+        return Err(format!("{extent:?} is forgotten"));
+    }
+    let marked = opened.mark(extent);
+    opened.sync_ring().map_err(failed)?;
+    if !opened.may_write(extent, marked.era) {
+        return Err("A durable record does not let its write go on".to_owned());
+    }
+    // The last epoch has no next one.
+    if open.0 < EPOCH_MAX {
+        opened.gather_alarms(open, open.next());
+        opened
+            .update(|state| state.cut(open.next()))
+            .map_err(failed)?;
+        opened.update(|state| state.commit(open)).map_err(failed)?;
+    }
+    opened.close().map_err(failed)?;
+    let state = opened.state();
+    drop(opened);
+    match journal::open(path, &specimen::options()) {
+        Ok((again, report)) if (again.state(), &report.found) == (state, &Found::Clean) => Ok(true),
+        Ok((again, report)) => Err(format!("{state:?} is {:?}, {report}", again.state())),
+        // Counters that cannot go on are refused.
+        Err(error) if error.to_string().contains("a counter") => Ok(true),
+        Err(error) => Err(error.chain()),
+    }
+}
+
 fn valid_page(numbers: &[u64]) -> Vec<u8> {
     let mut bytes = vec![0; PAGE_BYTES];
     for number in numbers {
@@ -615,6 +922,19 @@ fn careless(words: [u64; 4]) -> Slot {
     }
 }
 
+/// Takes damaged records for slots that were never written.
+fn forgiving(bytes: &mut [u8]) {
+    let layout = specimen::superblock(&specimen::left_open().bytes, 0);
+    let ring = layout.ring_offset.get() as usize..layout.head_bytes() as usize;
+    for slot in bytes.get_mut(ring).unwrap_or_default().chunks_exact_mut(32) {
+        let (words, _) = slot.as_chunks::<8>();
+        let words: [u64; 4] = std::array::from_fn(|index| u64::from_le_bytes(words[index]));
+        if Record::decode(words) == Slot::Damaged {
+            slot.fill(0);
+        }
+    }
+}
+
 #[test]
 fn the_harness_finds_decoders_that_are_wrong() {
     let canaries = [
@@ -628,6 +948,12 @@ fn the_harness_finds_decoders_that_are_wrong() {
             name: "half a check",
             valid: valid_record,
             decode: |bytes| record(bytes, careless),
+            factor: 1,
+        },
+        Target {
+            name: "damaged records passed over",
+            valid: valid_changes,
+            decode: |bytes| recovery(bytes, forgiving),
             factor: 1,
         },
     ];

@@ -7,7 +7,7 @@
 pub mod error;
 pub mod extent;
 
-mod failpoint;
+pub mod failpoint;
 
 pub mod nbd;
 

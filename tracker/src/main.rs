@@ -11,9 +11,10 @@ use clap::Parser;
 use tracker::control::client::ControlClient;
 use tracker::control::protocol::Status;
 use tracker::disk::NewSize;
+use tracker::epoch::DiskStatus;
 use tracker::error::{Error, ErrorKind, Result};
 use tracker::nbd::attach;
-use tracker::{journal, serve, systemd};
+use tracker::{failpoint, journal, serve, systemd};
 
 use cli::{AttachArguments, Cli, Command, JournalCommand};
 
@@ -27,7 +28,18 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let result = match arguments.command {
+    let result = failpoint::check().and_then(|()| carry_out(arguments.command));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tracker: {}", error.chain());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(command: Command) -> Result<()> {
+    match command {
         Command::Serve(arguments) => systemd::activated().and_then(|activated| {
             let options = arguments.checked(&activated)?;
             serve::serve(&options, activated)
@@ -45,13 +57,6 @@ fn main() -> ExitCode {
         Command::Journal(JournalCommand::Verify { file }) => verify(&file),
         Command::Journal(JournalCommand::Dump { file }) => {
             journal::dump(&file, &mut std::io::stdout().lock())
-        }
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("tracker: {}", error.chain());
-            ExitCode::FAILURE
         }
     }
 }
@@ -133,47 +138,52 @@ fn describe(status: &Status) -> String {
         engine.written_bytes >> 20,
     );
     for disk in &machine.disks {
-        let resync = disk.resync.map_or(String::new(), |epoch| {
-            format!(", every block to be checked since epoch {epoch}")
-        });
-        let full = disk.ring_full_in_seconds.map_or(String::new(), |seconds| {
-            format!("; without folding the ring is full in {seconds} s")
-        });
+        text.push_str(&describe_disk(disk));
+    }
+    text
+}
+
+fn describe_disk(disk: &DiskStatus) -> String {
+    let resync = disk.resync.map_or(String::new(), |epoch| {
+        format!(", every block to be checked since epoch {epoch}")
+    });
+    let full = disk.ring_full_in_seconds.map_or(String::new(), |seconds| {
+        format!("; without folding the ring is full in {seconds} s")
+    });
+    let mut text = format!(
+        "disk {} at {}: {} bytes, {} blocks changed in the open epoch{resync}\n    \
+         journal {}: ring {} of {} records ({}%), {} checkpoint sets\n    \
+         {} records a second, {} folded{full}\n    \
+         {} of {} MiB armed, {} writes waited for {} transactions\n",
+        disk.name,
+        disk.image.display(),
+        disk.size_bytes,
+        disk.open_dirty_blocks,
+        disk.journal.display(),
+        disk.ring_used_records,
+        disk.ring_capacity_records,
+        disk.ring_fill_percent,
+        disk.checkpoint_sets,
+        disk.records_per_second,
+        disk.folded_per_second,
+        disk.intent_regions,
+        disk.intent_regions_max,
+        disk.intent_waits,
+        disk.intent_commits,
+    );
+    if disk.ring_overflowing || disk.coarse_units > 0 {
         text.push_str(&format!(
-            "disk {} at {}: {} bytes, {} blocks changed in the open epoch{resync}\n    \
-             journal {}: ring {} of {} records ({}%), {} checkpoint sets\n    \
-             {} records a second, {} folded{full}\n    \
-             {} of {} MiB armed, {} writes waited for {} transactions\n",
-            disk.name,
-            disk.image.display(),
-            disk.size_bytes,
-            disk.open_dirty_blocks,
-            disk.journal.display(),
-            disk.ring_used_records,
-            disk.ring_capacity_records,
-            disk.ring_fill_percent,
-            disk.checkpoint_sets,
-            disk.records_per_second,
-            disk.folded_per_second,
-            disk.intent_regions,
-            disk.intent_regions_max,
-            disk.intent_waits,
-            disk.intent_commits,
+            "    the ring was full: {} coarse units count as changed\n",
+            disk.coarse_units
         ));
-        if disk.ring_overflowing || disk.coarse_units > 0 {
-            text.push_str(&format!(
-                "    the ring was full: {} coarse units count as changed\n",
-                disk.coarse_units
-            ));
-        }
-        if disk.power_cut_unsafe {
-            text.push_str(
-                "    the journal cannot be written: a power cut now would lose track of what changed\n",
-            );
-        }
-        if let Some(change) = &disk.unserved_change {
-            text.push_str(&format!("    found at the start: {change}\n"));
-        }
+    }
+    if disk.power_cut_unsafe {
+        text.push_str(
+            "    the journal cannot be written: a power cut now would lose track of what changed\n",
+        );
+    }
+    if let Some(change) = &disk.unserved_change {
+        text.push_str(&format!("    found at the start: {change}\n"));
     }
     text
 }

@@ -78,7 +78,7 @@ impl Conductor {
             }
         }
         self.base = base;
-        self.load_scan()?;
+        self.load_scan(broken)?;
         let newest = self.base.as_ref().map(|base| base.epoch);
         self.board.update(|status| status.newest_point = newest);
         self.remove_orphans()
@@ -133,7 +133,9 @@ impl Conductor {
         Ok(self.vault.store().size(&key)? == Some(segment.bytes))
     }
 
-    fn load_scan(&mut self) -> Result<()> {
+    /// Finds out how far scans are. If an epoch of the spool was removed, fingerprints of it may be among
+    /// those that a later scan vouches for, and the scans have skipped blocks by them.
+    fn load_scan(&mut self, epoch_was_removed: bool) -> Result<()> {
         let found = self.state.scan()?;
         let mut scan = found.clone();
         let newest = self.base.as_ref().map_or(Epoch::ZERO, |base| base.epoch);
@@ -144,7 +146,7 @@ impl Conductor {
                 .any(|known| known.config.name == disk.name)
         });
         for disk in &mut scan.disks {
-            if !self.scan_is_whole(disk)? {
+            if epoch_was_removed || !self.scan_is_whole(disk)? {
                 disk.lose_segments(newest);
             }
             for segment in &disk.segments {

@@ -374,6 +374,9 @@ impl Worker {
         operation: &mut Operation,
         result: Result<(), ReplyError>,
     ) -> bool {
+        if operation.epoch.is_some() {
+            reached(Place::WriteAfterDataBeforeReply);
+        }
         if operation.sync_failed {
             self.distrust(operation.disk);
         }
@@ -479,7 +482,9 @@ impl Worker {
         let admission = self.admit(disk, request.command, request.offset, request.length)?;
         let result = admission.waits.is_none().then(|| {
             reached(Place::WriteAfterAdmissionBeforeData);
-            write_now(&self.shared.disks[disk], request.offset, data)
+            let result = write_now(&self.shared.disks[disk], request.offset, data);
+            reached(Place::WriteAfterDataBeforeReply);
+            result
         });
         // One that waits is admitted again on its way there.
         self.shared.machine.complete(self.number, admission.epoch);

@@ -38,7 +38,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::handshake::Session;
 use driver::Driver;
 use waiting::Bell;
-use worker::{Counters, Order, Shared, Worker};
+use worker::{Counters, Lines, Order, Shared, Worker};
 
 pub use driver::{EngineChoice, EngineKind};
 
@@ -286,17 +286,22 @@ fn start_worker(
             .map_err(|errno| Error::io("Cannot make an eventfd for a worker", errno))?,
     );
     let counters = Arc::new(Counters::default());
-    let (thread_wake, thread_counters) = (Arc::clone(&wake), Arc::clone(&counters));
+    let thread_counters = Arc::clone(&counters);
     let jobs = status::start(
         number,
         Arc::clone(&shared),
         orders.clone(),
         Arc::clone(&wake),
     )?;
-    let bell = Arc::new(Bell {
-        orders: orders.clone(),
+    let lines = Lines {
+        orders: receiver,
         wake: Arc::clone(&wake),
-    });
+        jobs,
+        bell: Arc::new(Bell {
+            orders: orders.clone(),
+            wake: Arc::clone(&wake),
+        }),
+    };
     let thread = std::thread::Builder::new()
         .name(format!("worker-{number}"))
         .spawn(move || {
@@ -314,8 +319,7 @@ fn start_worker(
                 .map(|name| (*name).to_owned())
                 .collect();
             let _receiver_gone = ready.send(Ok(features));
-            let (counters, wake) = (thread_counters, thread_wake);
-            Worker::new(number, driver, shared, counters, receiver, wake, jobs, bell).run()
+            Worker::new(number, driver, shared, thread_counters, lines).run()
         })
         .map_err(|error| Error::io("Cannot start a worker thread", error))?;
     let features: Vec<String> = is_ready

@@ -10,6 +10,7 @@
 //! Errors of the disk go to the client as they are. A failed sync is never retried: the kernel
 //! calls the pages clean that it failed to write, so a second sync would succeed over lost data.
 
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use super::transfer::Held;
 use crate::disk::Disk;
 use crate::epoch::{self, Era};
 use crate::extent::Epoch;
+use crate::failpoint::{self, Place, reached};
 use crate::nbd::request::{Command, Request};
 use crate::nbd::wire::ReplyError;
 
@@ -91,9 +93,13 @@ pub fn tracked(command: Command) -> Option<epoch::Operation> {
 
 /// Writes at once, on the caller's thread.
 pub fn write_now(disk: &Disk, offset: u64, data: &[u8]) -> Result<(), ReplyError> {
-    disk.file()
-        .write_all_at(data, offset)
-        .map_err(|error| ReplyError::from_errno(error.raw_os_error().unwrap_or(libc::EIO)))
+    failpoint::attempt(Place::WriteAfterAdmissionBeforeData, disk.file())
+        .and_then(|()| disk.file().write_all_at(data, offset))
+        .map_err(|error| ReplyError::from_errno(errno_of(&error)))
+}
+
+fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
 }
 
 impl Operation {
@@ -140,6 +146,12 @@ impl Operation {
 
     /// Submits the first step of the part.
     pub fn start(&mut self, disk: &Arc<Disk>, ring: &mut Driver, tag: u64) -> Outcome {
+        if self.epoch.is_some()
+            && let Err(error) =
+                failpoint::attempt(Place::WriteAfterAdmissionBeforeData, disk.file())
+        {
+            return self.advance(disk, ring, tag, -errno_of(&error), Held::Nothing);
+        }
         self.submit(disk, ring, tag)
     }
 
@@ -229,6 +241,11 @@ impl Operation {
                 if disk.sync_failed() {
                     return Outcome::Done(Err(ReplyError::Io));
                 }
+                reached(Place::FlushAfterDataBeforeSync);
+                if let Err(error) = failpoint::attempt(Place::FlushAfterDataBeforeSync, disk.file())
+                {
+                    return self.advance(disk, ring, tag, -errno_of(&error), Held::Nothing);
+                }
                 ring.sync(disk, tag);
             }
         }
@@ -301,10 +318,13 @@ impl Operation {
         if disk.sync_failed() {
             return Err(ReplyError::Io);
         }
-        disk.file().sync_data().map_err(|error| {
-            self.note_failed_sync(disk);
-            ReplyError::from_errno(error.raw_os_error().unwrap_or(libc::EIO))
-        })
+        reached(Place::FlushAfterDataBeforeSync);
+        failpoint::attempt(Place::FlushAfterDataBeforeSync, disk.file())
+            .and_then(|()| disk.file().sync_data())
+            .map_err(|error| {
+                self.note_failed_sync(disk);
+                ReplyError::from_errno(errno_of(&error))
+            })
     }
 
     fn note_failed_sync(&mut self, disk: &Disk) {

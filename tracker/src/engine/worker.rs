@@ -79,6 +79,18 @@ pub struct Shared {
     pub draining: AtomicBool,
 }
 
+/// How a worker hears from others and asks them.
+pub struct Lines {
+    /// What it is told.
+    pub orders: Receiver<Order>,
+    /// Readable when it is told something.
+    pub wake: Arc<EventFd>,
+    /// To the thread that answers BLOCK_STATUS.
+    pub jobs: Sender<Job>,
+    /// By this the journals tell that a write may go on.
+    pub bell: Arc<dyn Waiter>,
+}
+
 const TAG_WAKE: u64 = 0;
 const TAG_RECEIVE: u64 = 1 << 32;
 const TAG_SEND: u64 = 2 << 32;
@@ -117,11 +129,14 @@ impl Worker {
         ring: Driver,
         shared: Arc<Shared>,
         counters: Arc<Counters>,
-        orders: Receiver<Order>,
-        wake: Arc<EventFd>,
-        jobs: Sender<Job>,
-        bell: Arc<dyn Waiter>,
+        lines: Lines,
     ) -> Self {
+        let Lines {
+            orders,
+            wake,
+            jobs,
+            bell,
+        } = lines;
         Self {
             jobs,
             bell,

@@ -34,6 +34,8 @@ mod keeping;
 mod rates;
 
 #[cfg(test)]
+mod power_cut_tests;
+#[cfg(test)]
 mod simulation_tests;
 #[cfg(test)]
 mod tests;
@@ -672,7 +674,7 @@ impl Machine {
             intent_commits: intents.commits,
             intent_waits: intents.waits,
             intent_evictions: intents.evictions,
-            power_cut_unsafe: intents.unguarded || disk.journal.has_failed(),
+            power_cut_unsafe: disk.journal.is_unsafe(),
             unserved_change: disk.unserved_change.clone(),
         }
     }

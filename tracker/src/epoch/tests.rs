@@ -75,7 +75,6 @@ fn a_cut_whose_sync_fails_reaches_every_disk() {
     machine.disks[0].journal.set_failing(true);
     let error = machine.cut(Epoch::ZERO, SHORT).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Io);
-    machine.disks[0].journal.set_failing(false);
     for disk in &machine.disks {
         let state = disk.journal.watermarks();
         assert!(state.is_consistent(), "{state:?}");
@@ -84,20 +83,52 @@ fn a_cut_whose_sync_fails_reaches_every_disk() {
     // What of the ring of the first disk was not written may be dropped by the kernel.
     assert!(reader(&machine, 0).dirty(Epoch(1), epoch).unwrap().all());
     assert!(!reader(&machine, 2).dirty(Epoch(1), epoch).unwrap().all());
-    machine.seal(epoch).unwrap();
-    machine.commit(epoch).unwrap();
+    assert!(machine.seal(epoch).is_err() && machine.commit(epoch).is_err());
     assert!(machine.close().is_err());
     drop(machine);
-    let found = |name: &str| {
-        let path = folder.path().join(format!("{name}.hrl"));
-        crate::journal::verify(&path).unwrap();
-        let superblocks = std::fs::read(&path).unwrap();
-        [0, 1].map(|copy: usize| superblocks[copy * 4096 + 12])
-    };
-    assert_eq!(found("a"), [0, 0]);
+    assert_eq!(flags(folder.path(), "a"), [0, 0]);
     // The others are closed all the same.
-    assert_ne!(found("b"), [0, 0]);
-    assert_ne!(found("c"), [0, 0]);
+    assert_ne!(flags(folder.path(), "b"), [0, 0]);
+    assert_ne!(flags(folder.path(), "c"), [0, 0]);
+}
+
+/// The flags of both superblocks.
+fn flags(folder: &Path, disk: &str) -> [u8; 2] {
+    let path = folder.join(format!("{disk}.hrl"));
+    crate::journal::verify(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    [0, 1].map(|copy: usize| bytes[copy * 4096 + 12])
+}
+
+#[test]
+fn another_file_takes_the_place_of_a_journal_whose_sync_failed() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a"]);
+    past_first_epoch(&machine);
+    let old = reader(&machine, 0);
+    let first = change(&machine, 0, 5);
+    machine.disks[0].journal.set_failing(true);
+    assert!(machine.cut(Epoch::ZERO, SHORT).is_err());
+    change(&machine, 0, 7000);
+    assert!(machine.status().disks[0].power_cut_unsafe);
+    machine.disks[0].journal.set_failing(false);
+    // The next sync finds that an earlier one failed.
+    machine.seal(first).unwrap();
+    let status = machine.status();
+    assert_eq!(status.disks[0].journal_replacements, 1);
+    assert!(!status.disks[0].power_cut_unsafe);
+    let error = old.state().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::State);
+    let new = reader(&machine, 0);
+    assert_eq!(new.journal_id(), old.journal_id());
+    assert_eq!(new.state().unwrap().sealed, first);
+    let dirty = new.dirty(first, Epoch(u64::MAX)).unwrap();
+    let extents: Vec<Extent> = dirty.extents().map(Result::unwrap).collect();
+    assert!(extents.iter().any(|extent| extent.first_block == 7000));
+    machine.commit(first).unwrap();
+    machine.close().unwrap();
+    drop(machine);
+    assert_ne!(flags(folder.path(), "a"), [0, 0]);
 }
 
 #[test]

@@ -19,9 +19,16 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::format::{ALARM_OFFSET, ALARM_WORDS, decode_alarm, encode_alarm};
+use super::format::{ALARM_OFFSET, ALARM_WORDS, DOUBT_WORD, decode_alarm, encode_alarm};
 use super::mapping::SharedWords;
 use crate::extent::Epoch;
+
+/// The word in which a failed sync leaves its mark: the kernel may have dropped pages of the file, so
+/// whoever opens it after a kill does not believe that it is complete. It never goes over into the file that
+/// takes the place of this one.
+pub(super) fn doubt_of(head: &SharedWords) -> Option<&AtomicU64> {
+    head.words().get(ALARM_OFFSET as usize / 8 + DOUBT_WORD)
+}
 
 /// The word of the latest alarm.
 const LATEST: usize = 2;

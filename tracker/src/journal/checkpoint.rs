@@ -162,7 +162,8 @@ pub fn extents_of_page(bytes: &[u8], state: PageState, page: u64) -> Vec<Extent>
         }
         PageState::Ours => {
             let mut extents: Vec<Extent> = Vec::new();
-            for (index, &byte) in bytes[CHECKPOINT_HEAD_BYTES..].iter().enumerate() {
+            let bytes = bytes[CHECKPOINT_HEAD_BYTES..].iter().enumerate();
+            for (index, &byte) in bytes.filter(|(_, byte)| **byte != 0) {
                 for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
                     let block = base + index as u64 * 8 + bit;
                     match extents.last_mut() {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::Flock;
 
-use super::alarm::Alarm;
+use super::alarm::{Alarm, doubt_of};
 use super::format::{Operation, RECORD_BLOCKS_MAX, Record, Superblock};
 use super::mapping::SharedWords;
 use super::overflow::{Overflow, OverflowPlace};
@@ -56,6 +56,13 @@ impl Core {
     /// The alarm.
     pub fn alarm(&self) -> Alarm<'_> {
         Alarm::of(&self.words)
+    }
+
+    /// Leaves word for whoever opens this file after a kill that it may not be complete, or takes it back.
+    pub fn set_doubt(&self, doubt: bool) {
+        if let Some(word) = doubt_of(&self.words) {
+            word.store(u64::from(doubt), Ordering::Release);
+        }
     }
 
     /// The overflow bits.

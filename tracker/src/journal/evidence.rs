@@ -1,8 +1,9 @@
 //! What the parts of a journal say, each for itself: ring, alarm, overflow bits, intent log, times.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
-use super::alarm::Alarm;
+use super::alarm::{Alarm, doubt_of};
 use super::format::{
     FLAG_CLEAN, FLAG_DISK_FAILED, INTENT_OFFSET, RECORD_BYTES, Record, Slot, Superblock, Version,
 };
@@ -29,7 +30,7 @@ pub(super) struct Scan {
 }
 
 /// Reads every slot. Any damaged one is an error: it may have been live.
-fn scan(path: &Path, words: &SharedWords, superblock: &Superblock) -> Result<Scan> {
+pub(super) fn scan(path: &Path, words: &SharedWords, superblock: &Superblock) -> Result<Scan> {
     let tail = superblock.ring_tail.get();
     let capacity = superblock.ring_records.get();
     let first_word = superblock.ring_offset.get() as usize / 8;
@@ -95,6 +96,8 @@ pub(super) struct Evidence {
     alarms: Result<Vec<Epoch>>,
     intents: std::result::Result<page::Armed, page::IntentDamaged>,
     pub suspicion: Option<Suspicion>,
+    /// A sync of the journal failed.
+    pub doubt: bool,
 }
 
 impl Evidence {
@@ -140,6 +143,7 @@ impl Evidence {
             alarms,
             intents,
             suspicion,
+            doubt: doubt_of(words).is_some_and(|word| word.load(Ordering::Acquire) != 0),
         }
     }
 
@@ -154,8 +158,10 @@ impl Evidence {
     }
 
     /// Why the journal is refused.
-    pub fn refusal(self, path: &Path) -> Error {
-        let damaged = self.ring.err().or(self.alarms.err());
+    pub fn refusal(&mut self, path: &Path) -> Error {
+        let ring = std::mem::replace(&mut self.ring, read_twice(path));
+        let alarms = std::mem::replace(&mut self.alarms, read_twice(path));
+        let damaged = ring.err().or(alarms.err());
         damaged.unwrap_or_else(|| distrusted(ErrorKind::Corrupt, path, "a superblock is damaged"))
     }
 
@@ -165,10 +171,20 @@ impl Evidence {
     ///
     /// One of them is damaged.
     pub fn known(&mut self, path: &Path, superblock: &Superblock) -> Result<Known> {
-        let empty = || Err(distrusted(ErrorKind::Corrupt, path, "it was read twice"));
-        let scan = std::mem::replace(&mut self.ring, empty())?;
-        let alarms = std::mem::replace(&mut self.alarms, Ok(Vec::new()))?;
-        Ok(Known::of(superblock, &scan, alarms))
+        let scan = std::mem::replace(&mut self.ring, read_twice(path))?;
+        std::mem::replace(&mut self.alarms, Ok(Vec::new()))?;
+        Ok(Known::of(superblock, &scan))
+    }
+
+    /// The newest epoch that any part names which is whole, be the others what they may. A cut that was under
+    /// way had opened an epoch that no superblock tells of.
+    pub fn newest(&self, superblock: &Superblock) -> Epoch {
+        let records = self.ring.iter().flat_map(|scan| &scan.records);
+        let recorded = records.map(|record| record.epoch);
+        let alarms = self.alarms.iter().flatten().copied();
+        let folded = superblock.sets.map(|set| Epoch(set.highest_epoch.get()));
+        let newest = recorded.chain(alarms).chain(folded).max();
+        newest.unwrap_or_default()
     }
 
     /// The regions that were armed.
@@ -190,6 +206,11 @@ impl Evidence {
     }
 }
 
+/// Stands where what was read has been taken.
+fn read_twice<T>(path: &Path) -> Result<T> {
+    Err(distrusted(ErrorKind::Corrupt, path, "it was read twice"))
+}
+
 /// What the intent log says.
 pub(super) fn read_intents(
     words: &SharedWords,
@@ -203,9 +224,6 @@ pub(super) fn read_intents(
 
 /// What ring, alarm and checkpoint sets tell beyond the superblock.
 pub(super) struct Known {
-    /// The newest epoch that any of them names. A cut that was under way had opened an epoch that no
-    /// superblock tells of.
-    pub newest: Epoch,
     /// Sequences of slots that were claimed and not written.
     pub holes: Vec<u64>,
     /// Sequence that the next record gets.
@@ -218,25 +236,20 @@ impl Known {
     /// Nothing, of a ring whose next record gets this sequence.
     pub fn nothing(head: u64) -> Self {
         Self {
-            newest: Epoch::ZERO,
             holes: Vec::new(),
             head,
             records: 0,
         }
     }
 
-    fn of(superblock: &Superblock, scan: &Scan, alarms: Vec<Epoch>) -> Self {
+    fn of(superblock: &Superblock, scan: &Scan) -> Self {
         let mut holes = Vec::new();
         let mut expected = superblock.ring_tail.get();
         for record in &scan.records {
             holes.extend(expected..record.sequence);
             expected = record.sequence + 1;
         }
-        let recorded = scan.records.iter().map(|record| record.epoch);
-        let folded = superblock.sets.map(|set| Epoch(set.highest_epoch.get()));
-        let newest = recorded.chain(alarms).chain(folded).max();
         Self {
-            newest: newest.unwrap_or_default(),
             holes,
             head: scan.head,
             records: scan.records.len() as u64,

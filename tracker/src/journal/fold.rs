@@ -9,11 +9,12 @@
 use std::sync::atomic::Ordering;
 
 use super::checkpoint::{Folding, SetPlace};
-use super::format::{Operation, SetDescriptor, Slot, Superblock};
+use super::core::Core;
+use super::format::{Operation, Record, SetDescriptor, Slot, Superblock};
 use super::writer::{Journal, Published};
 use crate::error::{Error, Result};
 use crate::extent::Epoch;
-use crate::failpoint::{Canary, Place, canary, reached};
+use crate::failpoint::{self, Canary, Place, canary, reached};
 
 /// Past this share of the ring, in percent, the oldest records are folded.
 const FOLD_ABOVE_PERCENT: u64 = 70;
@@ -43,62 +44,33 @@ impl Journal {
         Ok(())
     }
 
-    /// Folds as many records as memory allows, and none that is later than the first of them:
-    /// epochs that are folded together can only be dropped together, and with a guest that goes on
-    /// writing each would drag the next one along. Returns their number.
+    /// Folds some records. Returns their number.
     fn fold_some(&self, published: &mut Published) -> Result<u64> {
         let mut superblock = published.superblock;
-        let committed = Epoch(superblock.committed.get());
         let core = self.core();
         let start = core.ring.tail();
-        let limit = core.ring.head().min(start + core.ring.capacity() / 4);
-        let mut folding = Folding::default();
-        let (mut lowest, mut highest) = (u64::MAX, 0);
-        let mut tail = start;
-        while tail < limit && !folding.is_full() {
-            let Slot::Whole(record) = core.ring.read(core.words.words(), tail) else {
-                break;
-            };
-            if record.sequence != tail {
-                break;
-            }
-            if record.operation != Operation::Null && record.epoch > committed {
-                if highest != 0 && record.epoch.0 > highest {
-                    break;
-                }
-                let end = record.first_block + record.block_count;
-                lowest = lowest.min(record.epoch.0);
-                highest = highest.max(record.epoch.0);
-                if folding.add(record.first_block, end) < end {
-                    break;
-                }
-            }
-            tail += 1;
-        }
+        let mut oldest = Oldest::of(core, Epoch(superblock.committed.get()));
+        let tail = oldest.tail;
         if tail == start {
             return Ok(0);
         }
-        if highest != 0 {
+        if let Some((lowest, highest)) = oldest.epochs {
             let index = choose_set(&superblock, lowest);
             let set = &mut superblock.sets[index];
             let place = SetPlace::of(&published.superblock, index);
-            self.write_checkpoint(&mut folding, place, set)
+            self.write_checkpoint(&mut oldest.folding, place, set)
                 .map_err(|error| {
-                    Error::io(
-                        format!(
-                            "Cannot write a checkpoint into {}: free some space",
-                            self.path().display()
-                        ),
-                        error,
-                    )
+                    let path = self.path().display();
+                    let what = format!("Cannot write a checkpoint into {path}: free some space");
+                    Error::io(what, error)
                 })?;
             let previous = set.lowest_epoch.get();
-            set.lowest_epoch = if previous == 0 {
+            let lowest = if previous == 0 {
                 lowest
             } else {
                 previous.min(lowest)
-            }
-            .into();
+            };
+            set.lowest_epoch = lowest.into();
             set.highest_epoch = set.highest_epoch.get().max(highest).into();
         }
         superblock.ring_tail = tail.into();
@@ -136,7 +108,58 @@ impl Journal {
         if self.failing.load(Ordering::Acquire) {
             return Err(std::io::Error::from_raw_os_error(libc::ENOSPC));
         }
+        reached(Place::FoldAfterScanBeforePages);
+        failpoint::attempt(Place::FoldAfterScanBeforePages, &self.core().file)?;
         folding.write(&self.core().file, place, set)
+    }
+}
+
+/// The oldest records of a ring, about to be folded.
+struct Oldest {
+    folding: Folding,
+    /// Sequence of the first record that is not among them.
+    tail: u64,
+    /// Lowest and highest epoch of those that still count.
+    epochs: Option<(u64, u64)>,
+}
+
+impl Oldest {
+    /// As many as memory allows, and none that is later than the first of them: epochs that are folded
+    /// together can only be dropped together, and with a guest that goes on writing each would drag the
+    /// next one along.
+    fn of(core: &Core, committed: Epoch) -> Self {
+        let ring = &core.ring;
+        let limit = ring.head().min(ring.tail() + ring.capacity() / 4);
+        let mut oldest = Self {
+            folding: Folding::default(),
+            tail: ring.tail(),
+            epochs: None,
+        };
+        while oldest.tail < limit && !oldest.folding.is_full() {
+            match ring.read(core.words.words(), oldest.tail) {
+                Slot::Whole(record) if record.sequence == oldest.tail => {
+                    let counts = record.operation != Operation::Null && record.epoch > committed;
+                    if counts && !oldest.take(&record) {
+                        break;
+                    }
+                }
+                _ => break,
+            }
+            oldest.tail += 1;
+        }
+        oldest
+    }
+
+    /// Takes a record as a whole; `false` if it has to wait.
+    fn take(&mut self, record: &Record) -> bool {
+        let epoch = record.epoch.0;
+        let (lowest, highest) = self.epochs.unwrap_or((epoch, epoch));
+        if epoch > highest {
+            return false;
+        }
+        self.epochs = Some((lowest.min(epoch), highest));
+        let end = record.first_block + record.block_count;
+        self.folding.add(record.first_block, end) == end
     }
 }
 

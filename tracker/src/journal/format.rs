@@ -23,6 +23,8 @@ pub const ALARM_WORDS: usize = 3;
 /// Words behind the alarm that keep times of the disk: its last modification, the last look at it,
 /// the boot of the machine, and the first write since the look.
 pub const TIME_WORDS: usize = 4;
+/// The word behind them, which is not zero once a sync of the journal has failed.
+pub const DOUBT_WORD: usize = ALARM_WORDS + TIME_WORDS;
 /// Offset of the intent log.
 pub const INTENT_OFFSET: u64 = 3 * PAGE_BYTES as u64;
 /// Least and greatest number of pages of the intent log. Before the third version all had the least.

@@ -31,7 +31,7 @@ use super::format::{
 use super::writer::{Journal, Published};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent};
-use crate::failpoint::{Place, reached};
+use crate::failpoint::{self, Place, reached};
 
 impl Journal {
     /// Makes this a journal of a disk of so many bytes, in which everything behind the old end
@@ -91,7 +91,9 @@ impl Journal {
             return Err(failed(io::ErrorKind::FileTooLarge.into()));
         }
         let core = self.core();
-        copy_sets(&core.file, &old, &new).map_err(failed)?;
+        copy_sets(&core.file, &old, &new)
+            .and_then(|()| failpoint::attempt(Place::GrowAfterCopyBeforeSync, &core.file))
+            .map_err(failed)?;
         reached(Place::GrowAfterCopyBeforeSync);
         self.sync_length(published)?;
         if !std::ptr::eq(core, self.core()) {

@@ -8,7 +8,6 @@
 //! log say so, and the attempt is repeated with every sync until it succeeds.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::intent::{Batch, Era, Waiter};
@@ -33,14 +32,19 @@ impl Journal {
     /// The log cannot be written.
     pub(super) fn begin_intents(&self, everywhere: bool) -> Result<()> {
         let mut intents = self.lock_intents();
+        intents.forget(&self.regions);
         let begun = match everywhere {
             true => intents.begin_everywhere(),
             false => intents.begin_chain(),
         };
-        begun.map_err(|error| {
-            let path = self.path().display();
-            Error::io(format!("Cannot write the intent log of {path}"), error)
-        })
+        drop(intents);
+        let Err(error) = begun else { return Ok(()) };
+        let path = self.path().display();
+        tracing::error!(
+            "Cannot write the intent log of {path}: {error}; another file takes its place"
+        );
+        // Its log tells the empty table.
+        self.replace(&mut self.lock())
     }
 
     /// Leaves a change whose regions are not armed. The waiter is woken when it may look again.
@@ -83,16 +87,17 @@ impl Journal {
         let mut published = self.lock();
         // Another thread may have put a new file there already.
         if self.lock_intents().has_failed() {
-            self.guard_anew(self.replace(&mut published));
+            let replaced = self.replace(&mut published);
+            self.note_guard(&replaced);
         }
     }
 
-    /// Notes whether regions can be armed.
-    fn guard_anew(&self, replaced: Result<()>) {
+    /// Notes whether the journal can be written durably.
+    fn note_guard(&self, result: &Result<()>) {
         let was = self.regions.is_unguarded();
-        self.regions.set_unguarded(replaced.is_err());
+        self.regions.set_unguarded(result.is_err());
         let path = self.path().display();
-        match replaced {
+        match result {
             Ok(()) if was => tracing::info!("Journal {path} is safe against a power cut again"),
             Err(error) if !was => tracing::error!(
                 "{}: until this is mended, a power cut would lose track of what changed",
@@ -106,22 +111,31 @@ impl Journal {
     pub fn sync_in_background(&self) {
         let mut idle = 0;
         while self.keeper.await_sync(SYNC_INTERVAL) {
-            let begun = self.regions.era();
-            let behind = self.regions.is_behind();
-            idle = if behind { 0 } else { idle + 1 };
-            let result = match (behind, idle) {
-                (true, _) => self.sync_now(),
-                (false, IDLE_INTERVALS) => self.disarm_idle(),
-                _ => Ok(()),
-            };
-            // Said once, where it happened; the attempts go on.
-            if let Err(error) = result
-                && self.regions.era() == Era(begun.0 + 1)
-                && !self.regions.is_unguarded()
+            if self.regions.is_behind() || self.is_broken() {
+                idle = 0;
+                // Said where it happened; the attempts go on.
+                let _noted = self.sync_now();
+                continue;
+            }
+            idle += 1;
+            if idle == IDLE_INTERVALS
+                && let Err(error) = self.disarm_idle()
             {
                 tracing::error!("{}", error.chain());
             }
+            // A sync may have come between their look and their wait.
+            self.keeper.synced();
         }
+    }
+
+    /// Whether a sync or a transaction failed, and no other file has taken the place of this one.
+    fn is_broken(&self) -> bool {
+        self.has_failed() || self.lock_intents().has_failed()
+    }
+
+    /// Whether a power cut would lose track of what changed.
+    pub fn is_unsafe(&self) -> bool {
+        self.has_failed() || self.regions.is_unguarded()
     }
 
     /// Syncs the ring, and lets those try again that waited for it.
@@ -130,26 +144,12 @@ impl Journal {
     ///
     /// It fails, and no other file can take the place of this one; writes go on unguarded.
     pub fn sync_now(&self) -> Result<()> {
-        let result = match self.has_failed() || self.lock_intents().has_failed() {
-            true => self.try_again(),
+        let result = match self.is_broken() {
+            true => self.replace(&mut self.lock()),
             false => self.sync_ring(),
         };
-        if result.is_err() {
-            self.regions.set_unguarded(true);
-        }
+        self.note_guard(&result);
         self.keeper.synced();
-        result
-    }
-
-    /// Puts another file in the place of one that failed.
-    fn try_again(&self) -> Result<()> {
-        let mut published = self.lock();
-        let replaced = self.replace(&mut published);
-        let result = replaced
-            .as_ref()
-            .map_err(|error| Error::new(error.kind(), error.chain()))
-            .copied();
-        self.guard_anew(replaced);
         result
     }
 
@@ -169,11 +169,5 @@ impl Journal {
     /// Ends the threads. No write may wait any more.
     pub fn end_guard(&self) {
         self.keeper.stop();
-    }
-
-    /// Syncs in the background since the journal was opened, and whether the last one failed.
-    pub fn sync_health(&self) -> (u64, bool) {
-        let failed = self.has_failed() || self.regions.is_unguarded();
-        (self.counters.syncs.load(Ordering::Relaxed), failed)
     }
 }

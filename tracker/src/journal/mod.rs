@@ -54,9 +54,15 @@ pub mod reader;
 mod verify;
 
 #[cfg(test)]
+mod damage_tests;
+#[cfg(test)]
 mod fixture_tests;
 #[cfg(test)]
+mod recovery_tests;
+#[cfg(test)]
 mod simulation_tests;
+#[cfg(test)]
+pub(crate) mod specimen;
 #[cfg(test)]
 mod tests;
 

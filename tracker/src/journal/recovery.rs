@@ -108,7 +108,7 @@ fn open_file(path: &Path) -> Result<File> {
         .map_err(|error| Error::io(format!("Cannot open journal {}", path.display()), error))
 }
 
-pub(super) fn lock(file: File, path: &Path) -> Result<Flock<File>> {
+fn lock(file: File, path: &Path) -> Result<Flock<File>> {
     lock_exclusive(file).map_err(|errno| {
         Error::new(
             ErrorKind::InUse,
@@ -159,26 +159,12 @@ fn recover(
     }
     let mut evidence = Evidence::gather(path, &words, &superblock, options, boot);
     evidence.findings.copy_damaged = damaged_copy;
-    let mut known = Known::nothing(superblock.ring_tail.get());
-    let mut suspects = Vec::new();
     let judgement = verdict(&evidence.findings);
-    match judgement {
-        Verdict::Refuse => return Err(evidence.refusal(path)),
-        Verdict::Trust => known = evidence.known(path, &superblock)?,
-        Verdict::TrustAllButBlocks => {
-            known = evidence.known(path, &superblock)?;
-            state.open = state.open.max(known.newest);
-            state.distrust();
-        }
-        Verdict::Suspect => {
-            known = evidence.known(path, &superblock)?;
-            // It may have been captured without blocks that are suspect now.
-            state.closed = None;
-            suspects = evidence.armed_regions();
-        }
-        Verdict::Distrust(_) => state.distrust(),
-    }
-    state.open = state.open.max(known.newest);
+    let known = believe(judgement, &mut evidence, path, &superblock, &mut state)?;
+    let suspects = match judgement {
+        Verdict::Suspect => evidence.armed_regions(),
+        _ => Vec::new(),
+    };
     let report = RecoveryReport {
         path: path.to_owned(),
         found: evidence.found(judgement),
@@ -187,19 +173,13 @@ fn recover(
         suspect_regions: suspects.len() as u64,
         grown_from_bytes: None,
         suspicion: evidence.suspicion,
+        doubt: evidence.doubt,
     };
     state.store(&mut superblock);
     superblock.upgrade();
     remove_excess(path, &file, &superblock)?;
     let core = Core::new(file, words, &superblock, known.head);
-    let journal = assemble(
-        path,
-        core,
-        superblock,
-        copy,
-        evidence.next_transaction(),
-        options,
-    )?;
+    let journal = assemble(path, core, (superblock, copy), &evidence, options)?;
     if let Verdict::Distrust(_) = judgement {
         forget_everything(&journal)?;
     }
@@ -209,6 +189,32 @@ fn recover(
     settle(&journal, &evidence.findings, boot)?;
     let report = follow_disk(&journal, options, report)?;
     Ok((journal, report))
+}
+
+/// What is known beyond the superblock, as far as it is believed. Brings the watermarks to what follows.
+fn believe(
+    judgement: Verdict,
+    evidence: &mut Evidence,
+    path: &Path,
+    superblock: &Superblock,
+    state: &mut EpochState,
+) -> Result<Known> {
+    // A superblock may be an older one, and somebody may know of a later epoch.
+    state.open = state.open.max(evidence.newest(superblock));
+    match judgement {
+        Verdict::Refuse => return Err(evidence.refusal(path)),
+        Verdict::Trust if evidence.doubt => state.distrust(),
+        Verdict::Trust => {}
+        Verdict::TrustAllButBlocks => state.distrust(),
+        // It may have been captured without blocks that are suspect now.
+        Verdict::Suspect if evidence.doubt => state.distrust(),
+        Verdict::Suspect => state.closed = None,
+        Verdict::Distrust(_) => {
+            state.distrust();
+            return Ok(Known::nothing(superblock.ring_tail.get()));
+        }
+    }
+    evidence.known(path, superblock)
 }
 
 /// Where the disk has grown since, or somebody looks at its times: the journal goes along.
@@ -246,15 +252,19 @@ fn settle(journal: &Journal, findings: &Findings, boot: [u8; 16]) -> Result<()> 
         superblock.openings = (superblock.openings.get() + 1).into();
     })?;
     reached(Place::RecoverAfterFirstPublishBeforeSecond);
-    journal.update(|_| {})
+    journal.update(|_| {})?;
+    // By now a superblock says what it stood for.
+    journal.core().set_doubt(false);
+    Ok(())
 }
 
+/// The journal over what was found. Regions that were armed stay so in memory until all that is recorded is
+/// durable: should a sync fail before, they are what is suspect.
 fn assemble(
     path: &Path,
     core: Core,
-    superblock: Superblock,
-    copy: usize,
-    next: u64,
+    (superblock, copy): (Superblock, usize),
+    evidence: &Evidence,
     options: &JournalOptions,
 ) -> Result<Journal> {
     let place = IntentPlace::of(&superblock);
@@ -262,9 +272,11 @@ fn assemble(
         let path = path.display();
         Error::io(format!("Cannot open the intent log of {path}"), error)
     };
-    let log = IntentLog::open(path, place, next, options.intent_regions).map_err(failed)?;
+    let next = evidence.next_transaction();
+    let mut log = IntentLog::open(path, place, next, options.intent_regions).map_err(failed)?;
     let regions = Regions::new(superblock.disk_size_bytes.get())
         .map_err(|error| Error::io("Cannot reserve memory for the regions of the disk", error))?;
+    log.adopt(&regions, &evidence.armed_regions());
     Ok(Journal::new(
         path.to_owned(),
         core,

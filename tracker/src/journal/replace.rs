@@ -6,11 +6,12 @@
 //!
 //! Order, under both mutexes:
 //!
-//! 1. A new file with the present superblock and an empty ring. From here on workers record in both.
-//! 2. The alarm, the overflow bits, the records of the old ring and the pages of the sets are copied.
+//! 1. A new file with the present superblock, an empty ring, the pages of the sets and an intent log that
+//!    tells the present table; it is synced. Then workers record in both.
+//! 2. The alarm, the overflow bits and the records of the old ring are copied.
 //! 3. Regions that were marked since the last good sync are suspect: their records may be lost. Each
-//!    counts as changed in the open and in the closed epoch; fingerprints tell what really did.
-//! 4. The file is synced; its intent log tells the present table.
+//!    counts as changed in the open and in the closed epoch, and in one that a cut is about to open; fingerprints tell what really did.
+//! 4. The file is synced.
 //! 5. The rename, and a sync of the folder. The old superblocks are marked, so that readers open the new
 //!    file.
 //!
@@ -22,7 +23,8 @@
 //! caller says so.
 
 use std::io;
-use std::sync::atomic::Ordering;
+use std::path::PathBuf;
+use std::sync::atomic::{Ordering, fence};
 
 use super::checkpoint::{SetPlace, copy_pages};
 use super::core::Core;
@@ -30,12 +32,12 @@ use super::create::{self, sync_folder};
 use super::format::{FLAG_REPLACED, Operation, Slot, Superblock};
 use super::intent::{IntentLog, IntentPlace, extent_of};
 use super::mapping::SharedWords;
-use super::recovery::lock;
-use super::state::EpochState;
+use super::update::publish;
 use super::writer::{Journal, Published};
 use crate::error::{Error, Result};
 use crate::extent::{Extent, blocks_of};
-use crate::failpoint::{Place, reached};
+use crate::failpoint::{self, Place, reached};
+use crate::lock::lock_exclusive;
 
 impl Journal {
     /// Puts another file in the place of this one.
@@ -44,75 +46,102 @@ impl Journal {
     ///
     /// It cannot be made; the old one stays in use.
     pub(super) fn replace(&self, published: &mut Published) -> Result<()> {
-        #[cfg(test)]
-        if self.failing.load(Ordering::Acquire) {
-            return Err(Error::io(
-                "Replacing fails in this test",
-                io::Error::other("as told"),
-            ));
-        }
         let mut intents = self.lock_intents();
         let failed = |error| {
             let path = self.path().display();
             let what = format!("Cannot put a new journal in the place of {path}: free some space?");
             Error::io(what, error)
         };
-        // The one after those that were used, or after one that was begun and given up.
-        let Some(slot) = self.others.iter().position(|other| other.get().is_none()) else {
-            return Err(failed(io::ErrorKind::QuotaExceeded.into()));
-        };
-        let mut superblock = published.superblock;
-        superblock.sequence = (superblock.sequence.get() + 1).into();
-        superblock.ring_tail = 1.into();
-        superblock.seal();
-        let temporary = self.path().with_added_extension("new");
+        let unused = self.others.iter().position(|other| other.get().is_none());
+        let slot = unused.ok_or_else(|| failed(io::ErrorKind::QuotaExceeded.into()))?;
         let ended = self.regions.end_era();
-        let file = create::write_file(&temporary, &superblock).map_err(failed)?;
-        let words = SharedWords::writable(&file, superblock.head_bytes()).map_err(failed)?;
-        let core = Core::new(lock(file, &temporary)?, words, &superblock, 1);
-        let _was_empty = self.others[slot].set(core);
+        let (new, log) = self.prepare(published, &intents).map_err(failed)?;
+        let superblock = new.1;
+        let core = self.others[slot].get_or_init(|| new.0);
         let begun = self.current.load(Ordering::Acquire);
         self.latest.store(slot + 1, Ordering::SeqCst);
-        std::sync::atomic::fence(Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         reached(Place::ReplaceAfterBothBeforeCopy);
-        let place = IntentPlace::of(&superblock);
-        let moved = self.others[slot]
-            .get()
-            .map_or(Err(io::ErrorKind::NotFound.into()), |new| {
-                self.fill_new(new, &superblock, &intents)?;
-                let log = intents.moved_to(&temporary, place)?;
-                reached(Place::ReplaceAfterCopyBeforeRename);
-                std::fs::rename(&temporary, self.path())?;
-                Ok(log)
-            });
-        let log = match moved {
-            Ok(log) => log,
-            Err(error) => {
-                self.latest.store(begun, Ordering::SeqCst);
-                // It has no name that counts.
-                let _not_there = std::fs::remove_file(&temporary);
-                return Err(failed(error));
-            }
-        };
+        if let Err(error) = self.complete(core, &superblock, &intents) {
+            self.latest.store(begun, Ordering::SeqCst);
+            // It has no name that counts.
+            let _not_there = std::fs::remove_file(self.temporary());
+            return Err(failed(error));
+        }
         reached(Place::ReplaceAfterRenameBeforeSwitch);
         *intents = log;
-        self.mark_replaced(published);
-        *published = Published {
-            superblock,
-            copy: 0,
-        };
+        let old = std::mem::replace(
+            published,
+            Published {
+                superblock,
+                copy: 0,
+            },
+        );
         self.current.store(slot + 1, Ordering::SeqCst);
         // Until the folder is synced a power cut may bring the old file back, in which the set of armed
-        // regions is what it was; so nothing may leave the set before.
-        sync_folder(self.path()).map_err(failed)?;
+        // regions is what it was; so nothing may leave the set before, and its superblocks stay whole.
+        reached(Place::ReplaceAfterSwitchBeforeFolder);
+        let durable = failpoint::attempt(Place::ReplaceAfterSwitchBeforeFolder, &core.file)
+            .and_then(|()| sync_folder(self.path()));
+        mark_replaced(self.core_at(begun), old);
+        if let Err(error) = durable {
+            // Whatever failed before: until a file has a durable name, nothing in it is.
+            self.sync_failed.store(true, Ordering::Release);
+            return Err(failed(error));
+        }
         self.regions.set_durable(ended);
         self.sync_failed.store(false, Ordering::Release);
         self.counters.replacements.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Brings into a new file what the present one knows.
-    fn fill_new(&self, new: &Core, superblock: &Superblock, intents: &IntentLog) -> io::Result<()> {
+    fn temporary(&self) -> PathBuf {
+        self.path().with_added_extension("new")
+    }
+
+    /// A new file with what changes under the mutexes alone: superblock, pages of the sets, table of the
+    /// intent log. Nobody knows of it yet, so an attempt that fails here costs nothing.
+    fn prepare(
+        &self,
+        published: &Published,
+        intents: &IntentLog,
+    ) -> io::Result<((Core, Superblock), IntentLog)> {
+        #[cfg(test)]
+        if self.failing.load(Ordering::Acquire) {
+            return Err(io::Error::other("replacing fails in this test"));
+        }
+        let mut superblock = published.superblock;
+        superblock.sequence = (superblock.sequence.get() + 1).into();
+        superblock.ring_tail = 1.into();
+        superblock.seal();
+        let temporary = self.temporary();
+        let file = create::write_file(&temporary, &superblock)?;
+        let words = SharedWords::writable(&file, superblock.head_bytes())?;
+        let file = lock_exclusive(file).map_err(io::Error::from)?;
+        let core = Core::new(file, words, &superblock, 1);
+        for (index, set) in superblock.sets.iter().enumerate() {
+            if set.highest_epoch.get() != 0 {
+                let place = SetPlace::of(&superblock, index);
+                let generation = set.generation.get();
+                copy_pages((&self.core().file, place), (&core.file, place), generation)?;
+            }
+        }
+        let log = intents.moved_to(&temporary, IntentPlace::of(&superblock))?;
+        core.sync_all()?;
+        Ok(((core, superblock), log))
+    }
+
+    /// Brings the rest into a new file and gives it the name of the journal.
+    fn complete(&self, new: &Core, superblock: &Superblock, intents: &IntentLog) -> io::Result<()> {
+        self.copy_records(new, superblock, intents);
+        new.sync_all()?;
+        reached(Place::ReplaceAfterCopyBeforeRename);
+        failpoint::attempt(Place::ReplaceAfterCopyBeforeRename, &new.file)?;
+        std::fs::rename(self.temporary(), self.path())
+    }
+
+    /// Copies what workers may be adding to, who record in both files by now.
+    fn copy_records(&self, new: &Core, superblock: &Superblock, intents: &IntentLog) {
         let old = self.core();
         new.alarm().absorb(old.alarm());
         new.overflow().absorb(old.overflow());
@@ -128,13 +157,11 @@ impl Journal {
                 new.record(record.epoch, extent, record.operation);
             }
         }
-        for (index, set) in superblock.sets.iter().enumerate() {
-            if set.highest_epoch.get() != 0 {
-                let place = SetPlace::of(superblock, index);
-                copy_pages((&old.file, place), (&new.file, place), set.generation.get())?;
-            }
+        let epochs = self.epochs_at_work(superblock);
+        if self.regions.has_waiting() {
+            // Its record may be in a page that was dropped, and it will go on.
+            epochs.iter().for_each(|&epoch| new.alarm().raise(epoch));
         }
-        let state = EpochState::of(superblock);
         let blocks = blocks_of(superblock.disk_size_bytes.get());
         for region in intents
             .regions()
@@ -144,26 +171,21 @@ impl Journal {
             extent.block_count = extent
                 .block_count
                 .min(blocks.saturating_sub(extent.first_block));
-            for epoch in [Some(state.open), state.closed].into_iter().flatten() {
+            for &epoch in &epochs {
                 if extent.block_count > 0 {
                     new.record(epoch, extent, Operation::Write);
                 }
             }
         }
-        new.sync_all()
     }
+}
 
-    /// Tells readers of the old file, which has no name any more, that it is not the journal.
-    fn mark_replaced(&self, published: &Published) {
-        let mut superblock = published.superblock;
-        superblock.flags = FLAG_REPLACED.into();
-        let mut last = Published {
-            superblock,
-            copy: published.copy,
-        };
-        // Both copies, so that none is left that says otherwise.
-        for _ in 0..2 {
-            self.publish(&mut last, superblock);
-        }
+/// Tells readers of the old file, which has no name any more, that it is not the journal. Its superblocks
+/// are stored in place, both of them, so that none is left that says otherwise.
+fn mark_replaced(old: &Core, mut published: Published) {
+    let mut superblock = published.superblock;
+    superblock.flags = FLAG_REPLACED.into();
+    for _ in 0..2 {
+        publish(old, &mut published, superblock);
     }
 }

@@ -39,6 +39,8 @@ pub struct RecoveryReport {
     pub grown_from_bytes: Option<u64>,
     /// Somebody else has written to the disk, or may have.
     pub suspicion: Option<Suspicion>,
+    /// A sync of the journal had failed, so it may not be complete.
+    pub doubt: bool,
 }
 
 impl fmt::Display for RecoveryReport {
@@ -77,6 +79,12 @@ impl fmt::Display for RecoveryReport {
             write!(
                 f,
                 "; the disk has grown from {bytes} bytes, what is new counts as changed"
+            )?;
+        }
+        if self.doubt {
+            write!(
+                f,
+                "; a sync of it had failed: every block counts as changed"
             )?;
         }
         match self.suspicion {

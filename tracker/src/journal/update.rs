@@ -11,6 +11,7 @@
 //! may drop them. Another file takes the place of this one (`replace`); if that fails too, every block
 //! counts as changed, and the journal is not marked clean any more.
 
+use std::sync::PoisonError;
 use std::sync::atomic::{Ordering, fence};
 
 use zerocopy::IntoBytes;
@@ -24,7 +25,7 @@ use super::state::EpochState;
 use super::writer::{Journal, Published};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Epoch;
-use crate::failpoint::{Canary, Place, canary, reached};
+use crate::failpoint::{self, Canary, Place, canary, reached};
 
 /// A word of the superblock that stands between those that change.
 const SUPERBLOCK_MIDDLE_WORD: usize = std::mem::offset_of!(Superblock, resync) / 8;
@@ -60,7 +61,9 @@ impl Journal {
         }
         self.publish(&mut published, superblock);
         reached(Place::UpdateAfterPublishBeforeSync);
-        self.sync_published(&mut published)?;
+        let result = failpoint::attempt(Place::UpdateAfterPublishBeforeSync, &core.file)
+            .and_then(|()| self.try_sync(Core::sync));
+        self.make_up(&mut published, result)?;
         reached(Place::UpdateAfterSyncBeforeTail);
         core.ring.set_tail(tail);
         self.core().alarm().clear(state.committed);
@@ -104,7 +107,7 @@ impl Journal {
     ///
     /// It cannot be done, nor could another file take the place of this one.
     pub(super) fn sync_published(&self, published: &mut Published) -> Result<()> {
-        let result = self.try_sync();
+        let result = self.try_sync(Core::sync);
         self.make_up(published, result)
     }
 
@@ -114,16 +117,29 @@ impl Journal {
     ///
     /// It cannot be done.
     pub(super) fn sync_length(&self, published: &mut Published) -> Result<()> {
-        let result = self.core().sync_all();
+        let result = self.try_sync(Core::sync_all);
         self.make_up(published, result)
     }
 
-    fn try_sync(&self) -> std::io::Result<()> {
-        #[cfg(test)]
-        if self.failing.load(Ordering::Acquire) {
-            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+    /// Syncs the file in use. One at a time, and none after one that failed: the kernel tells of a failure
+    /// once, and the next sync succeeds over what was lost.
+    fn try_sync(&self, sync: fn(&Core) -> std::io::Result<()>) -> std::io::Result<()> {
+        let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.has_failed() {
+            return Err(std::io::Error::other("an earlier sync failed"));
         }
-        self.core().sync()
+        #[cfg(test)]
+        let sync = match self.failing.load(Ordering::Acquire) {
+            true => |_: &Core| Err(std::io::Error::from_raw_os_error(libc::EIO)),
+            false => sync,
+        };
+        let core = self.core();
+        let result = sync(core);
+        if result.is_err() {
+            core.set_doubt(true);
+            self.sync_failed.store(true, Ordering::Release);
+        }
+        result
     }
 
     /// After a sync that failed, puts another file in the place of this one. If that fails, nothing is
@@ -136,14 +152,24 @@ impl Journal {
             Ok(()) => Ok(()),
             Err(replacing) => {
                 tracing::error!("{}", replacing.chain());
-                self.sync_failed.store(true, Ordering::Release);
-                let state = EpochState::of(&published.superblock);
-                for epoch in [Some(state.open), state.closed].into_iter().flatten() {
+                for epoch in self.epochs_at_work(&published.superblock) {
                     self.raise_alarm(epoch);
                 }
                 Err(Error::io(format!("Cannot sync journal {path}"), error))
             }
         }
+    }
+
+    /// Epochs in which something may have been recorded that is not sealed: the closed one, the open one,
+    /// and one that a cut is about to open.
+    pub(super) fn epochs_at_work(&self, superblock: &Superblock) -> Vec<Epoch> {
+        let state = EpochState::of(superblock);
+        let upcoming = Epoch(self.upcoming.load(Ordering::SeqCst));
+        let upcoming = Some(upcoming).filter(|&epoch| epoch > state.open);
+        [state.closed, Some(state.open), upcoming]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 
     /// Syncs the ring and all else, and notes what is durable by that. Writes go on meanwhile.
@@ -157,7 +183,7 @@ impl Journal {
             self.regions.set_durable(ended);
         }
         reached(Place::SyncAfterEraBeforeStores);
-        if let Err(error) = self.try_sync() {
+        if let Err(error) = self.try_sync(Core::sync) {
             let mut published = self.lock();
             return self.make_up(&mut published, Err(error));
         }
@@ -167,27 +193,8 @@ impl Journal {
         Ok(())
     }
 
-    pub(super) fn publish(&self, published: &mut Published, mut superblock: Superblock) {
-        superblock.sequence = (published.superblock.sequence.get() + 1).into();
-        superblock.seal();
-        let copy = 1 - published.copy;
-        let words = self.core().words.words();
-        let first = copy * PAGE_BYTES / 8;
-        let load = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap_or_default());
-        words[first].store(u64::from_le_bytes(MAGIC_WRITING), Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        reached(Place::PublishAfterMarkBeforeWords);
-        for (index, chunk) in superblock.as_bytes().chunks_exact(8).enumerate().skip(1) {
-            words[first + index].store(load(chunk), Ordering::Relaxed);
-            if index == SUPERBLOCK_MIDDLE_WORD {
-                reached(Place::PublishAmidWords);
-            }
-        }
-        fence(Ordering::SeqCst);
-        reached(Place::PublishAfterWordsBeforeMagic);
-        words[first].store(u64::from_le_bytes(MAGIC), Ordering::Release);
-        published.superblock = superblock;
-        published.copy = copy;
+    pub(super) fn publish(&self, published: &mut Published, superblock: Superblock) {
+        publish(self.core(), published, superblock);
     }
 
     /// Syncs everything and marks the journal clean. Nothing may be recorded any more, the disk has
@@ -215,6 +222,30 @@ impl Journal {
         self.publish(&mut published, superblock);
         self.sync_published(&mut published)
     }
+}
+
+/// Rewrites the copy that does not count.
+pub(super) fn publish(core: &Core, published: &mut Published, mut superblock: Superblock) {
+    superblock.sequence = (published.superblock.sequence.get() + 1).into();
+    superblock.seal();
+    let copy = 1 - published.copy;
+    let words = core.words.words();
+    let first = copy * PAGE_BYTES / 8;
+    let load = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+    words[first].store(u64::from_le_bytes(MAGIC_WRITING), Ordering::Relaxed);
+    fence(Ordering::SeqCst);
+    reached(Place::PublishAfterMarkBeforeWords);
+    for (index, chunk) in superblock.as_bytes().chunks_exact(8).enumerate().skip(1) {
+        words[first + index].store(load(chunk), Ordering::Relaxed);
+        if index == SUPERBLOCK_MIDDLE_WORD {
+            reached(Place::PublishAmidWords);
+        }
+    }
+    fence(Ordering::SeqCst);
+    reached(Place::PublishAfterWordsBeforeMagic);
+    words[first].store(u64::from_le_bytes(MAGIC), Ordering::Release);
+    published.superblock = superblock;
+    published.copy = copy;
 }
 
 /// The first sequence of a ring whose record is of a later epoch, or not written yet.

@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use super::checkpoint::SetPlace;
 use super::evidence::{read_alarm, read_intents, scan_live};
 use super::format::{
-    ALARM_OFFSET, ALARM_WORDS, FLAG_CLEAN, INTENT_OFFSET, PAGE_BYTES, PageState, RECORD_BYTES,
-    Slot, Superblock, SuperblockFault, TIME_WORDS, Version, decode_alarm,
+    ALARM_OFFSET, ALARM_WORDS, DOUBT_WORD, FLAG_CLEAN, INTENT_OFFSET, PAGE_BYTES, PageState,
+    RECORD_BYTES, Slot, Superblock, SuperblockFault, TIME_WORDS, Version, decode_alarm,
 };
 use super::head::{Head, decode_superblocks, map_checked};
 use super::mapping::SharedWords;
@@ -100,10 +100,11 @@ fn verify_superblocks(head: &SharedWords, report: &mut VerifyReport) {
 /// The words that carry a check of their own: alarm, times, overflow bits. Others stay zero.
 fn verify_words(words: &SharedWords, superblock: &Superblock, report: &mut VerifyReport) {
     let checked = (ALARM_WORDS + TIME_WORDS) as u64 * 8;
+    let doubt = ALARM_OFFSET + DOUBT_WORD as u64 * 8;
     let overflow = superblock.overflow_offset.get();
     let areas = [
         (ALARM_OFFSET..ALARM_OFFSET + checked, true),
-        (ALARM_OFFSET + checked..INTENT_OFFSET, false),
+        (doubt + 8..INTENT_OFFSET, false),
         (overflow..overflow + superblock.overflow_bytes.get(), true),
     ];
     for (area, is_checked) in areas {

@@ -28,7 +28,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent};
 
 /// Files that can take the place of the first one while a tracker runs. Each failed sync costs one.
-pub(super) const REPLACEMENTS_MAX: usize = 15;
+pub(super) const REPLACEMENTS_MAX: usize = 63;
 
 /// The superblock as last published, and which copy holds it.
 pub(super) struct Published {
@@ -60,8 +60,6 @@ pub struct IntentStatus {
     pub waits: u64,
     /// Regions that made room for others.
     pub evictions: u64,
-    /// Regions cannot be armed: a power cut would lose track.
-    pub unguarded: bool,
 }
 
 /// The journal of one disk, locked by its tracker.
@@ -80,7 +78,11 @@ pub struct Journal {
     pub(super) regions: Regions,
     pub(super) intents: Mutex<IntentLog>,
     pub(super) keeper: Keeper,
+    /// Held while the file is synced.
+    pub(super) syncing: Mutex<()>,
     pub(super) sync_failed: AtomicBool,
+    /// The epoch that the latest cut was to open.
+    pub(super) upcoming: AtomicU64,
     pub(super) counters: Counters,
     #[cfg(test)]
     pub(super) failing: AtomicBool,
@@ -106,7 +108,9 @@ impl Journal {
             regions,
             intents: Mutex::new(intents),
             keeper: Keeper::default(),
+            syncing: Mutex::new(()),
             sync_failed: AtomicBool::new(false),
+            upcoming: AtomicU64::new(0),
             counters: Counters::default(),
             #[cfg(test)]
             failing: AtomicBool::new(false),
@@ -118,7 +122,7 @@ impl Journal {
         &self.path
     }
 
-    fn core_at(&self, index: usize) -> &Core {
+    pub(super) fn core_at(&self, index: usize) -> &Core {
         let other = index
             .checked_sub(1)
             .and_then(|index| self.others.get(index));
@@ -252,6 +256,7 @@ impl Journal {
     /// one; no write of the one before it may be in flight.
     pub fn gather_alarms(&self, closing: Epoch, next: Epoch) {
         let state = self.watermarks();
+        self.upcoming.store(next.0, Ordering::SeqCst);
         self.on_cores(|core| {
             core.overflow().clear_for(next, state.committed);
             core.alarm().gather(state.sealed, closing);
@@ -279,7 +284,6 @@ impl Journal {
             commits: log.commits(),
             waits,
             evictions: log.evictions(),
-            unguarded: self.regions.is_unguarded(),
         }
     }
 

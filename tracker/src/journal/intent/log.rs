@@ -23,8 +23,18 @@ use crate::journal::mapping::PageBuffer;
 
 /// A region that was written in one of the last so many eras makes room only where nothing else can.
 const RECENT_ERAS: u64 = 2;
-/// Regions that lie together: the others of a group are armed with the first, where slots are free.
-const GROUP_REGIONS: u32 = 4;
+/// Regions that lie together: the others of a group are armed with the first, where slots are free. They
+/// cost nothing, since a transaction is a page, however much it says.
+const GROUP_REGIONS: u32 = 64;
+
+/// A region that gets a slot.
+#[derive(Clone, Copy, Debug)]
+struct Placed {
+    slot: usize,
+    region: u32,
+    /// Somebody waits for it, or is about to.
+    wanted: bool,
+}
 
 /// Where the log lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,10 +85,14 @@ pub struct IntentLog {
     chain: u64,
     /// What each slot holds, or [`NO_REGION`].
     slots: Vec<u32>,
+    /// Slots that a chain has. A log that was taken over may have had more.
+    capacity: usize,
     /// Slots from here on were never used in this chain.
     unused: usize,
     hand: usize,
     context_next: usize,
+    /// When a search for a region that can go was in vain: one not written lately, and any.
+    in_vain: [Option<(Era, Era)>; 2],
     /// Transactions written.
     commits: u64,
     /// Regions that made room for others.
@@ -116,9 +130,11 @@ impl IntentLog {
             next,
             chain: next,
             slots: vec![NO_REGION; slots as usize],
+            capacity: slots as usize,
             unused: 0,
             hand: 0,
             context_next: 0,
+            in_vain: [None; 2],
             commits: 0,
             evictions: 0,
             failed: false,
@@ -127,7 +143,7 @@ impl IntentLog {
 
     /// Slots of the table.
     pub fn capacity(&self) -> u64 {
-        self.slots.len() as u64
+        self.capacity as u64
     }
 
     /// Slots in use.
@@ -161,6 +177,29 @@ impl IntentLog {
             .filter(|&region| region != NO_REGION)
     }
 
+    /// Takes over what an earlier log says, so that it goes along if another file takes the place of this one.
+    pub fn adopt(&mut self, regions: &Regions, armed: &[u32]) {
+        let slots = armed
+            .len()
+            .clamp(self.slots.len(), self.place.slots_max() as usize);
+        self.slots.resize(slots, NO_REGION);
+        for (slot, &region) in self.slots.iter_mut().zip(armed) {
+            *slot = region;
+            regions.arm(region);
+        }
+        self.unused = armed.len().min(slots);
+    }
+
+    /// Empties the table in memory, all of whose records are durable.
+    pub fn forget(&mut self, regions: &Regions) {
+        for &region in self.slots.iter().filter(|&&region| region != NO_REGION) {
+            regions.disarm(region, Era(u64::MAX));
+        }
+        self.slots.clear();
+        self.slots.resize(self.capacity, NO_REGION);
+        (self.unused, self.hand, self.context_next) = (0, 0, 0);
+    }
+
     /// Begins a chain with an empty table: what was armed before is not any more.
     ///
     /// # Errors
@@ -168,8 +207,10 @@ impl IntentLog {
     /// The transaction cannot be written.
     pub fn begin_chain(&mut self) -> io::Result<()> {
         self.chain = self.next;
-        self.slots.fill(NO_REGION);
+        self.slots.clear();
+        self.slots.resize(self.capacity, NO_REGION);
         (self.unused, self.hand, self.context_next) = (0, 0, 0);
+        self.in_vain = [None; 2];
         self.commit(&[])
     }
 
@@ -191,6 +232,7 @@ impl IntentLog {
     pub fn moved_to(&self, path: &Path, place: IntentPlace) -> io::Result<Self> {
         let mut moved = Self::open(path, place, 1, self.slots.len() as u32)?;
         moved.slots.clone_from(&self.slots);
+        moved.capacity = self.capacity;
         moved.unused = self.unused;
         moved.hand = self.hand;
         moved.commits = self.commits;
@@ -254,7 +296,7 @@ impl IntentLog {
             .iter()
             .flat_map(|&region| group_of(region, regions.count()))
         {
-            if updates.len() >= UPDATES_MAX {
+            if updates.len() >= UPDATES_MAX || self.unused == self.slots.len() {
                 break;
             }
             self.place_region(regions, neighbour, false, &mut updates)?;
@@ -269,22 +311,28 @@ impl IntentLog {
         regions: &Regions,
         region: u32,
         evicts: bool,
-        updates: &mut Vec<(u32, u32)>,
+        updates: &mut Vec<Placed>,
     ) -> io::Result<bool> {
-        let pending = updates.iter().any(|&(_, other)| other == region);
-        if pending || regions.is_armed(region) {
+        if regions.is_armed(region) || updates.iter().any(|placed| placed.region == region) {
             return Ok(true);
         }
         let slot = match self.free_slot() {
             Some(slot) => slot,
             None if evicts => match self.evict(regions, updates) {
-                Some(slot) => slot,
+                Some(slot) => {
+                    reached(Place::IntentAfterEvictionBeforePlan);
+                    slot
+                }
                 None => return Ok(false),
             },
             None => return Ok(false),
         };
         self.slots[slot] = region;
-        updates.push((slot as u32, region));
+        updates.push(Placed {
+            slot,
+            region,
+            wanted: evicts,
+        });
         if updates.len() == UPDATES_MAX {
             self.write_updates(regions, updates)?;
         }
@@ -300,50 +348,55 @@ impl IntentLog {
     }
 
     /// The slot of a region that can go: first one that was not written lately.
-    fn evict(&mut self, regions: &Regions, updates: &[(u32, u32)]) -> Option<usize> {
-        let recent = Era(regions.era().0.saturating_sub(RECENT_ERAS));
-        for last in [recent, Era(u64::MAX)] {
+    fn evict(&mut self, regions: &Regions, updates: &[Placed]) -> Option<usize> {
+        let now = (regions.era(), regions.durable());
+        let recent = Era(now.0.0.saturating_sub(RECENT_ERAS));
+        for (kind, last) in [recent, Era(u64::MAX)].into_iter().enumerate() {
+            // Until the era or what is durable changes, no region becomes one that can go.
+            if self.in_vain[kind] == Some(now) {
+                continue;
+            }
             for _ in 0..self.slots.len() {
                 let slot = self.hand;
                 self.hand = (self.hand + 1) % self.slots.len();
                 // One that was placed a moment ago is not in the set yet, and would seem to be gone.
-                let placed = || updates.iter().any(|&(placed, _)| placed as usize == slot);
+                let placed = || updates.iter().any(|placed| placed.slot == slot);
                 let region = self.slots[slot];
                 if (regions.is_armed(region) || !placed()) && regions.disarm(region, last) {
                     self.evictions += 1;
                     return Some(slot);
                 }
             }
+            self.in_vain[kind] = Some(now);
         }
         None
     }
 
-    fn write_updates(
-        &mut self,
-        regions: &Regions,
-        updates: &mut Vec<(u32, u32)>,
-    ) -> io::Result<()> {
+    fn write_updates(&mut self, regions: &Regions, updates: &mut Vec<Placed>) -> io::Result<()> {
         if updates.is_empty() {
             return Ok(());
         }
         if failpoint::canary(Canary::ArmBeforeTransaction) {
-            updates.iter().for_each(|&(_, region)| regions.arm(region));
+            updates.iter().for_each(|placed| regions.arm(placed.region));
         }
         self.commit(updates)?;
-        for (_, region) in updates.drain(..) {
-            regions.arm(region);
+        for placed in updates.drain(..) {
+            match placed.wanted {
+                true => regions.arm(placed.region),
+                false => regions.arm_unused(placed.region),
+            }
         }
         reached(Place::IntentAfterArmBeforeNext);
         Ok(())
     }
 
     /// Writes one transaction and waits until it is durable.
-    fn commit(&mut self, updates: &[(u32, u32)]) -> io::Result<()> {
+    fn commit(&mut self, updates: &[Placed]) -> io::Result<()> {
         let mut transaction = Transaction::new(self.next, self.chain, self.slots.len() as u32);
-        for (entry, &(slot, region)) in transaction.updates.iter_mut().zip(updates) {
+        for (entry, placed) in transaction.updates.iter_mut().zip(updates) {
             *entry = Update {
-                slot: slot.into(),
-                region: region.into(),
+                slot: (placed.slot as u32).into(),
+                region: placed.region.into(),
             };
         }
         transaction.update_count = (updates.len() as u16).into();
@@ -422,6 +475,9 @@ mod tests {
     }
 
     proptest! {
+        // Each step writes transactions.
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
         #[test]
         fn what_may_be_written_stands_in_the_log(
             slots in 1u32..2900, steps in prop::collection::vec(step(), 1..40),

@@ -50,6 +50,8 @@ pub struct Regions {
     durable: AtomicU64,
     /// The last era in which a region was marked.
     touched: AtomicU64,
+    /// The last era in which a write was marked of which not all regions were armed.
+    waited: AtomicU64,
     /// Regions cannot be armed at present, and writes go on without.
     unguarded: AtomicBool,
 }
@@ -92,6 +94,7 @@ impl Regions {
             era: 1.into(),
             durable: 0.into(),
             touched: 0.into(),
+            waited: 0.into(),
             unguarded: false.into(),
         })
     }
@@ -121,6 +124,7 @@ impl Regions {
         };
         if is_long(extent) {
             self.touch(era);
+            self.waited.fetch_max(era, Ordering::AcqRel);
             marked.armed = self.unguarded.load(Ordering::Acquire);
             return marked;
         }
@@ -129,6 +133,7 @@ impl Regions {
         }
         if !marked.armed {
             self.touch(era);
+            self.waited.fetch_max(era, Ordering::AcqRel);
             marked.armed = self.unguarded.load(Ordering::Acquire);
         }
         marked
@@ -192,11 +197,20 @@ impl Regions {
         self.word(region.into()) != 0
     }
 
-    /// A region is armed from now on: its transaction is durable.
+    /// A region is armed from now on: its transaction is durable. It counts as marked, since whoever marks
+    /// it in this era leaves no other trace.
     pub fn arm(&self, region: u32) {
         let era = self.era.load(Ordering::SeqCst);
+        self.touch(era);
         if let Some(word) = self.words.get(region.into()) {
             word.fetch_max(era, Ordering::AcqRel);
+        }
+    }
+
+    /// The same for one that nobody has asked for: it is the first to make room.
+    pub fn arm_unused(&self, region: u32) {
+        if let Some(word) = self.words.get(region.into()) {
+            word.fetch_max(1, Ordering::AcqRel);
         }
     }
 
@@ -254,6 +268,11 @@ impl Regions {
     /// Whether a region has, or may have, records that are not durable.
     pub fn is_fresh(&self, region: u32) -> bool {
         self.word(region.into()) > self.durable().0
+    }
+
+    /// Whether a write waited, or may wait, whose record is not durable. No armed region tells of it.
+    pub fn has_waiting(&self) -> bool {
+        self.waited.load(Ordering::Acquire) > self.durable().0
     }
 
     /// Regions of the disk.
