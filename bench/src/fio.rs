@@ -16,8 +16,22 @@ use crate::servers::Running;
 ///
 /// fio fails, or its report has another form.
 pub fn run(server: &Running, job: &Job, duration: Duration) -> Result<Load> {
+    let span = format!("time_based=1\nruntime={}ms", duration.as_millis());
+    run_for(server, job, &span)
+}
+
+/// Makes so many requests of the job, and no more than the disk has bytes for.
+///
+/// # Errors
+///
+/// fio fails, or its report has another form.
+pub fn run_requests(server: &Running, job: &Job, requests: u64) -> Result<Load> {
+    run_for(server, job, &format!("number_ios={requests}"))
+}
+
+fn run_for(server: &Running, job: &Job, span: &str) -> Result<Load> {
     let file = server.folder().join("job.fio");
-    std::fs::write(&file, job_file(server, job, duration))?;
+    std::fs::write(&file, job_file(server, job, span))?;
     let output = Command::new("fio")
         .arg("--output-format=json")
         .arg(&file)
@@ -34,7 +48,7 @@ pub fn run(server: &Running, job: &Job, duration: Duration) -> Result<Load> {
     load_of(&serde_json::from_str(json)?, job)
 }
 
-fn job_file(server: &Running, job: &Job, duration: Duration) -> String {
+fn job_file(server: &Running, job: &Job, span: &str) -> String {
     let target = if server.is_served() {
         // fio takes the address in the global section only.
         format!("ioengine=nbd\nuri={}", server.uri())
@@ -52,12 +66,16 @@ fn job_file(server: &Running, job: &Job, duration: Duration) -> String {
         (Access::Read, true) => "read".to_owned(),
         (Access::Mixed(reads), _) => format!("randrw\nrwmixread={reads}"),
     };
+    let order = match job.zipf_seed {
+        Some(seed) => format!("random_distribution=zipf:1.1\nrandseed={seed}\n"),
+        None => String::new(),
+    };
     // A thread, as a forked job might outlive a fio that is killed.
     format!(
         "[global]\n{target}\nthread=1\ngroup_reporting=1\nunified_rw_reporting={}\n\
          lat_percentiles=1\nclat_percentiles=0\npercentile_list=50:99:99.9\n\
          [job]\nrw={pattern}\nbs={}\niodepth={}\nnumjobs={}\nfsync={}\nsize={}\n\
-         time_based=1\nruntime={}ms\nnorandommap=1\nrandrepeat=0\n",
+         {span}\nnorandommap=1\nrandrepeat=0\n{order}",
         // Only without it fio tells the time of syncs.
         if direction(job) == "mixed" {
             "mixed"
@@ -69,7 +87,6 @@ fn job_file(server: &Running, job: &Job, duration: Duration) -> String {
         job.connections,
         u8::from(job.sync_each),
         server.size_bytes(),
-        duration.as_millis(),
     )
 }
 

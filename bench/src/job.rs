@@ -43,6 +43,14 @@ pub enum JobKind {
     #[value(name = "mixed-4k-32")]
     #[serde(rename = "mixed-4k-32")]
     Mixed4k,
+    /// 4 KiB writes by zipf's law, one at a time; measured by --cost
+    #[value(skip)]
+    #[serde(rename = "zipf-4k-1")]
+    ZipfSingle,
+    /// 4 KiB writes by zipf's law, depth 32; measured by --cost
+    #[value(skip)]
+    #[serde(rename = "zipf-4k-32")]
+    ZipfDeep,
 }
 
 /// What the requests do.
@@ -73,6 +81,8 @@ pub struct Job {
     pub depth: usize,
     /// Connections at the same time.
     pub connections: usize,
+    /// Random offsets follow zipf's law with exponent 1.1, the same ones for the same number; with fio.
+    pub zipf_seed: Option<u64>,
     /// Each write is followed by a flush, and counts when that is answered.
     pub sync_each: bool,
 }
@@ -88,6 +98,7 @@ impl Job {
             block_bytes: 4096,
             depth: 32,
             connections: 1,
+            zipf_seed: None,
             sync_each: false,
         };
         match kind {
@@ -143,6 +154,17 @@ impl Job {
                 access: Access::Mixed(70),
                 ..base
             },
+            JobKind::ZipfSingle => base.by_zipf("4 KiB write, zipf 1.1 over 100 GiB, depth 1", 1),
+            JobKind::ZipfDeep => base.by_zipf("4 KiB write, zipf 1.1 over 100 GiB, depth 32", 32),
+        }
+    }
+
+    fn by_zipf(self, title: &'static str, depth: usize) -> Self {
+        Self {
+            title,
+            depth,
+            zipf_seed: Some(depth as u64),
+            ..self
         }
     }
 
@@ -173,7 +195,8 @@ mod tests {
 
     #[test]
     fn every_job_is_possible_and_has_a_title() {
-        for kind in JobKind::value_variants() {
+        let measured_by_cost = [JobKind::ZipfSingle, JobKind::ZipfDeep];
+        for kind in JobKind::value_variants().iter().chain(&measured_by_cost) {
             let job = Job::of(*kind);
             assert!(!job.title.is_empty() && job.depth > 0 && job.connections > 0);
             assert_eq!(job.block_bytes % 4096, 0);

@@ -1,6 +1,8 @@
 //! Measures the tracker and its peers side by side: fresh server for each run, order rotated each
-//! round, one server twice as the noise floor, medians of ratios within a round.
+//! round, one server twice as the noise floor, medians of ratios within a round. With `--cost`, what
+//! tracking costs, in the same way and in some others.
 
+mod cost;
 mod fio;
 mod job;
 mod load;
@@ -43,6 +45,9 @@ fn main() -> ExitCode {
 fn run(settings: &Settings) -> Result<()> {
     // A server that goes into the background stays below this process, where it can be measured and ended.
     nix::sys::prctl::set_child_subreaper(true)?;
+    if settings.cost {
+        return cost::run(settings);
+    }
     let plan = settings.plan()?;
     let counter = settings.syscalls.then(Counter::find).transpose()?;
     let mut report = Report::new(&plan);

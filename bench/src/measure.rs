@@ -118,25 +118,36 @@ fn attempt(
     kind: ServerKind,
     round: usize,
 ) -> Result<Measurement> {
-    let server = Running::start(
-        kind,
-        &settings.tracker,
-        (&section.folder, section.direct),
-        plan.size_bytes,
-    )?;
-    let watcher = server.pid().map(Watcher::start);
-    let before = Snapshot::take(&server)?;
-    let load = client(settings, section, &server, plan.duration)?;
-    let used = Snapshot::take(&server)?.since(&before);
-    let switches_per_second = watcher.map(Watcher::finish);
+    let server = Running::start(&section.setup(settings, plan, kind))?;
+    let measurement = observe(settings, plan, section, &server, round)?;
     server.stop()?;
+    Ok(measurement)
+}
+
+/// Lets the client do its job on a server that runs, and tells what that cost.
+///
+/// # Errors
+///
+/// The client fails.
+pub fn observe(
+    settings: &Settings,
+    plan: &Plan,
+    section: &Section,
+    server: &Running,
+    round: usize,
+) -> Result<Measurement> {
+    let watcher = server.pid().map(Watcher::start);
+    let before = Snapshot::take(server)?;
+    let load = client(settings, section, server, plan.duration)?;
+    let used = Snapshot::take(server)?.since(&before);
+    let switches_per_second = watcher.map(Watcher::finish);
     let requests = load.requests.max(1) as f64;
     let foreign_share = used.foreign_share();
     Ok(Measurement {
         medium: section.medium.clone(),
         client: section.client,
         job: section.job.kind,
-        server: kind,
+        server: server.kind(),
         round,
         requests: load.requests,
         rate: section.job.rate(load.requests, load.seconds),

@@ -28,6 +28,14 @@ pub struct Report<'a> {
     load_before: String,
     measurements: Vec<Measurement>,
     calls: Vec<Calls>,
+    parts: Vec<Part>,
+}
+
+/// What is told beside the sections.
+struct Part {
+    name: &'static str,
+    value: Value,
+    text: String,
 }
 
 impl<'a> Report<'a> {
@@ -38,7 +46,13 @@ impl<'a> Report<'a> {
             load_before: load_average(),
             measurements: Vec::new(),
             calls: Vec::new(),
+            parts: Vec::new(),
         }
+    }
+
+    /// Adds what is told beside the sections: for the JSON under a name, and for people.
+    pub fn add_part(&mut self, name: &'static str, value: Value, text: String) {
+        self.parts.push(Part { name, value, text });
     }
 
     /// Adds a run.
@@ -57,7 +71,8 @@ impl<'a> Report<'a> {
         }
     }
 
-    fn summaries(&self) -> Vec<Summary> {
+    /// A summary of each section.
+    pub fn summaries(&self) -> Vec<Summary> {
         let sections = self.plan.sections.iter();
         sections
             .map(|section| {
@@ -83,6 +98,10 @@ impl<'a> Report<'a> {
         for summary in self.summaries() {
             push_summary(&mut text, &summary);
         }
+        for part in &self.parts {
+            text.push('\n');
+            text.push_str(&part.text);
+        }
         text
     }
 
@@ -93,7 +112,7 @@ impl<'a> Report<'a> {
     /// The folder or a file cannot be written.
     pub fn save(&self, settings: &Settings) -> Result<Vec<PathBuf>> {
         let summaries = self.summaries();
-        let report = json!({
+        let mut report = json!({
             "date": jiff::Zoned::now().strftime("%F %H:%M %:z").to_string(),
             "machine": machine(),
             "load_average_before": self.load_before,
@@ -107,6 +126,9 @@ impl<'a> Report<'a> {
             "runs": self.measurements,
             "calls": self.calls,
         });
+        for part in &self.parts {
+            report[part.name] = part.value.clone();
+        }
         let name = settings
             .name
             .clone()

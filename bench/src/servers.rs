@@ -15,12 +15,14 @@ use tempfile::TempDir;
 
 use crate::Result;
 use crate::pattern::{self, Version};
-use crate::qmp;
+use crate::{qmp, wire};
 
 /// Time that a server has until it listens, and until it has ended.
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Time between two looks at a server that starts or ends.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// The same where the time of the start is what counts.
+const RESTART_LOOK_INTERVAL: Duration = Duration::from_millis(1);
 /// The image is filled in pieces of this many bytes.
 const FILL_BYTES: u64 = 1 << 20;
 
@@ -32,6 +34,9 @@ pub enum ServerKind {
     Tracker,
     /// The tracker once more: what differs between the two is noise
     TrackerAgain,
+    /// The tracker with room for 128 GiB in its intent log; measured by --cost
+    #[value(skip)]
+    TrackerCovered,
     /// The tracker without a journal
     TrackerPlain,
     /// The tracker with threads in place of io_uring; measured when it is asked for
@@ -54,6 +59,7 @@ impl ServerKind {
         match self {
             Self::Tracker => "tracker",
             Self::TrackerAgain => "tracker (again)",
+            Self::TrackerCovered => "tracker, cap 128 GiB",
             Self::TrackerPlain => "tracker --no-journal",
             Self::TrackerThreads => "tracker, threads",
             Self::Nbdkit => "nbdkit file",
@@ -67,7 +73,11 @@ impl ServerKind {
     /// The program that must be installed; the tracker is built, not installed.
     pub fn program(self) -> Option<&'static str> {
         match self {
-            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain | Self::TrackerThreads => None,
+            Self::Tracker
+            | Self::TrackerAgain
+            | Self::TrackerCovered
+            | Self::TrackerPlain
+            | Self::TrackerThreads => None,
             Self::Nbdkit => Some("nbdkit"),
             Self::NbdServer => Some("nbd-server"),
             Self::QemuNbd => Some("qemu-nbd"),
@@ -97,13 +107,20 @@ impl ServerKind {
         let (image, socket) = (folder.join(IMAGE), folder.join(SOCKET));
         let mut command = Command::new(self.program().map_or(tracker, Path::new));
         match self {
-            Self::Tracker | Self::TrackerAgain | Self::TrackerPlain | Self::TrackerThreads => {
+            Self::Tracker
+            | Self::TrackerAgain
+            | Self::TrackerCovered
+            | Self::TrackerPlain
+            | Self::TrackerThreads => {
                 command.arg("serve").arg("--disk").arg(image);
                 command.arg("--socket").arg(socket);
                 if direct {
                     command.arg("--direct");
                 }
                 match self {
+                    Self::TrackerCovered => {
+                        command.args(["--intent-cap", "128GiB"]);
+                    }
                     Self::TrackerPlain => {
                         command.arg("--no-journal");
                     }
@@ -164,6 +181,11 @@ const MONITOR: &str = "monitor.sock";
 const CONFIGURATION: &str = "nbd-server.conf";
 const PID_FILE: &str = "pid";
 const LOG: &str = "log";
+const BOOT_FILE: &str = "boot_id";
+
+/// By this file the tracker tells one boot of the machine from another: with another one it takes what
+/// happened for a power cut.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Whether a program is found where commands are looked for.
 pub fn is_installed(program: &str) -> bool {
@@ -181,9 +203,39 @@ enum Process {
     None,
 }
 
+/// Where the image of a run comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Image<'a> {
+    /// A new one of so many bytes, whose blocks are all allocated.
+    Filled(u64),
+    /// A new one of so many bytes without data.
+    Sparse(u64),
+    /// This one on the same file system, which stays as the run leaves it.
+    Existing(&'a Path),
+}
+
+/// What is started, and on what.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup<'a> {
+    /// The server.
+    pub kind: ServerKind,
+    /// The tracker program.
+    pub tracker: &'a Path,
+    /// Where a folder is made for all files of the run.
+    pub folder: &'a Path,
+    /// Past the page cache.
+    pub direct: bool,
+    /// The image.
+    pub image: Image<'a>,
+    /// More arguments.
+    pub arguments: &'a [&'a str],
+}
+
 /// A server that runs. Dropping it kills it and removes its files.
 pub struct Running {
     kind: ServerKind,
+    tracker: PathBuf,
+    arguments: Vec<String>,
     direct: bool,
     process: Process,
     size_bytes: u64,
@@ -191,24 +243,22 @@ pub struct Running {
 }
 
 impl Running {
-    /// Makes an image whose blocks are all allocated, and serves it, past the page cache if `direct`.
+    /// Makes or takes an image and serves it.
     ///
     /// # Errors
     ///
-    /// The image cannot be made, or the server does not listen in time.
-    pub fn start(
-        kind: ServerKind,
-        tracker: &Path,
-        (folder, direct): (&Path, bool),
-        size_bytes: u64,
-    ) -> Result<Self> {
+    /// The image cannot be had, or the server does not listen in time.
+    pub fn start(setup: &Setup) -> Result<Self> {
+        let kind = setup.kind;
         let folder = tempfile::Builder::new()
             .prefix("tidemark-bench-")
-            .tempdir_in(folder)?;
-        fill(&folder.path().join(IMAGE), size_bytes)?;
+            .tempdir_in(setup.folder)?;
+        let size_bytes = provide(&folder.path().join(IMAGE), setup.image)?;
         let mut running = Self {
             kind,
-            direct,
+            tracker: setup.tracker.to_owned(),
+            arguments: setup.arguments.iter().map(|&a| a.to_owned()).collect(),
+            direct: setup.direct,
             process: Process::None,
             size_bytes,
             folder,
@@ -219,15 +269,7 @@ impl Running {
         if kind == ServerKind::NbdServer {
             running.configure_nbd_server()?;
         }
-        let log = File::create(running.folder().join(LOG))?;
-        let child = kind
-            .command(tracker, running.folder(), direct)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .map_err(|error| format!("cannot start {}: {error}", kind.name()))?;
-        running.process = Process::Child(child);
+        running.launch(None)?;
         if kind == ServerKind::NbdServer {
             running.follow_into_background()?;
         }
@@ -236,6 +278,62 @@ impl Running {
             qmp::add_bitmap(&running.folder().join(MONITOR), "disk")?;
         }
         Ok(running)
+    }
+
+    /// Starts the process, where one is given in another boot of the machine: see [`BOOT_ID`].
+    fn launch(&mut self, boot: Option<u64>) -> Result<()> {
+        let mut command = self.kind.command(&self.tracker, self.folder(), self.direct);
+        command.args(&self.arguments);
+        if let Some(boot) = boot {
+            let file = self.folder().join(BOOT_FILE);
+            std::fs::write(&file, format!("{boot:08x}-0000-4000-8000-000000000000\n"))?;
+            command = in_another_boot(&file, &command);
+        }
+        let log = File::create(self.folder().join(LOG))?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .map_err(|error| format!("cannot start {}: {error}", self.kind.name()))?;
+        self.process = Process::Child(child);
+        Ok(())
+    }
+
+    /// Kills the server in the middle of whatever it does.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be killed.
+    pub fn kill(&mut self) -> Result<()> {
+        if let Process::Child(child) = &mut self.process {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Starts it again on the same files, in the boot of this number or in the true one; the time
+    /// until it has answered a read.
+    ///
+    /// # Errors
+    ///
+    /// It does not start, or does not answer in time.
+    pub fn start_again(&mut self, boot: Option<u64>) -> Result<Duration> {
+        let begin = Instant::now();
+        self.launch(boot)?;
+        loop {
+            if let Ok(mut stream) = UnixStream::connect(self.socket()) {
+                stream.set_read_timeout(Some(DEADLINE))?;
+                wire::negotiate(&mut stream, self.export())?;
+                wire::read(&mut stream, 0, &mut [0; pattern::BLOCK_BYTES])?;
+                return Ok(begin.elapsed());
+            }
+            if self.has_ended()? || begin.elapsed() > DEADLINE {
+                return Err(self.complaint("does not start again"));
+            }
+            std::thread::sleep(RESTART_LOOK_INTERVAL);
+        }
     }
 
     /// It listens on TCP besides, whatever it is told, so it gets a port that is free.
@@ -298,6 +396,11 @@ impl Running {
         })
     }
 
+    /// Which server it is.
+    pub fn kind(&self) -> ServerKind {
+        self.kind
+    }
+
     /// Process number of the server, if there is one.
     pub fn pid(&self) -> Option<u32> {
         match &self.process {
@@ -325,6 +428,11 @@ impl Running {
     /// The name of its export.
     pub fn export(&self) -> &'static str {
         self.kind.export()
+    }
+
+    /// The control socket, where it is the tracker.
+    pub fn control(&self) -> PathBuf {
+        self.folder().join(format!("{SOCKET}.control"))
     }
 
     /// Its address.
@@ -394,6 +502,38 @@ impl Drop for Running {
     }
 }
 
+/// The command in a mount namespace in which a file stands for the kernel's boot id. The number of the
+/// process stays the same.
+fn in_another_boot(file: &Path, command: &Command) -> Command {
+    let script = format!("mount --bind \"$0\" {BOOT_ID} && exec \"$@\"");
+    let mut wrapped = Command::new("unshare");
+    wrapped
+        .args(["--mount", "--propagation", "private", "sh", "-c", &script])
+        .arg(file)
+        .arg(command.get_program())
+        .args(command.get_args());
+    wrapped
+}
+
+/// Puts the image in its place, and returns its size.
+fn provide(place: &Path, image: Image) -> Result<u64> {
+    match image {
+        Image::Filled(size_bytes) => {
+            fill(place, size_bytes)?;
+            Ok(size_bytes)
+        }
+        Image::Sparse(size_bytes) => {
+            File::create_new(place)?.set_len(size_bytes)?;
+            Ok(size_bytes)
+        }
+        // By another name, so that its journal goes with the folder.
+        Image::Existing(path) => {
+            std::fs::hard_link(path, place)?;
+            Ok(std::fs::metadata(path)?.len())
+        }
+    }
+}
+
 /// Allocation on first write would be measured too, and differently on each file system.
 fn fill(image: &Path, size_bytes: u64) -> Result<()> {
     use std::io::Write;
@@ -410,4 +550,30 @@ fn fill(image: &Path, size_bytes: u64) -> Result<()> {
     // Write-back of the filling must not run into the measurement.
     file.sync_all()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_finds_itself_in_another_boot() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("left out: mount namespaces need root");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("boot_id");
+        std::fs::write(&file, "another\n").unwrap();
+        let before = std::fs::read(BOOT_ID).unwrap();
+        let mut command = Command::new("cat");
+        command.arg(BOOT_ID);
+        let output = in_another_boot(&file, &command).output().unwrap();
+        assert_eq!(output.stdout, b"another\n", "{output:?}");
+        assert_eq!(
+            std::fs::read(BOOT_ID).unwrap(),
+            before,
+            "it is seen outside"
+        );
+    }
 }

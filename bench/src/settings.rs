@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::Result;
 use crate::job::{Job, JobKind};
-use crate::servers::{ServerKind, is_installed};
+use crate::servers::{Image, ServerKind, Setup, is_installed};
 
 /// Seconds that a run takes besides its load: filling the image, starting and stopping, fio's own start.
 const OVERHEAD_SECONDS: f64 = 0.75;
@@ -53,6 +53,13 @@ pub struct Settings {
     /// Two minutes: 4 KiB random writes at depth 32, tracker and nbdkit, on the first folder
     #[arg(long, conflicts_with_all = ["jobs", "clients"])]
     pub quick: bool,
+    /// Fifteen minutes: what tracking costs, on the last folder. Needs --shipper, and root for a part;
+    /// takes --rounds, --seconds and --size-mib
+    #[arg(long, conflicts_with_all = ["quick", "jobs", "clients", "servers"], requires = "shipper")]
+    pub cost: bool,
+    /// The shipper program
+    #[arg(long, value_name = "PATH")]
+    pub shipper: Option<PathBuf>,
     /// Jobs to measure; with --client or this, on all folders with all clients given
     #[arg(long = "job", value_enum)]
     pub jobs: Vec<JobKind>,
@@ -128,6 +135,18 @@ impl Section {
         all.iter()
             .copied()
             .filter(move |server| !direct || server.does_direct())
+    }
+
+    /// How a server is started for it, on a fresh image.
+    pub fn setup<'a>(&'a self, settings: &'a Settings, plan: &Plan, kind: ServerKind) -> Setup<'a> {
+        Setup {
+            kind,
+            tracker: &settings.tracker,
+            folder: &self.folder,
+            direct: self.direct,
+            image: Image::Filled(plan.size_bytes),
+            arguments: &[],
+        }
     }
 }
 
@@ -250,7 +269,7 @@ fn or_all<'a, T>(chosen: &'a [T], all: &'a [T]) -> &'a [T] {
 }
 
 /// `tmpfs` or `disk`.
-fn medium_of(folder: &Path) -> Result<String> {
+pub fn medium_of(folder: &Path) -> Result<String> {
     if !folder.is_dir() {
         return Err(format!("{} is not a folder", folder.display()).into());
     }

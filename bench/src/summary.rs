@@ -8,10 +8,11 @@ use crate::settings::{Plan, Section};
 use crate::statistics::Spread;
 
 /// Pairs besides those of the tracker with each peer. The last is the same server twice: noise.
-const PAIRS: [(ServerKind, ServerKind); 4] = [
+const PAIRS: [(ServerKind, ServerKind); 5] = [
     (ServerKind::Tracker, ServerKind::RawFile),
     (ServerKind::TrackerPlain, ServerKind::Nbdkit),
     (ServerKind::Tracker, ServerKind::TrackerPlain),
+    (ServerKind::TrackerCovered, ServerKind::TrackerPlain),
     (ServerKind::TrackerAgain, ServerKind::Tracker),
 ];
 

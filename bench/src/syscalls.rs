@@ -101,12 +101,7 @@ pub fn per_request(
     section: &Section,
     kind: ServerKind,
 ) -> Result<Option<f64>> {
-    let server = Running::start(
-        kind,
-        &settings.tracker,
-        (&section.folder, section.direct),
-        plan.size_bytes,
-    )?;
+    let server = Running::start(&section.setup(settings, plan, kind))?;
     let Some(pid) = server.pid() else {
         return Ok(None);
     };

@@ -21,6 +21,8 @@ pub enum Command {
     Disconnect = 2,
     /// FLUSH.
     Flush = 3,
+    /// TRIM.
+    Trim = 4,
 }
 
 /// Chooses an export, with simple replies; its size in bytes.
@@ -76,6 +78,23 @@ pub fn cookie_of(reply: &[u8; REPLY_BYTES]) -> Result<u64> {
     }
 }
 
+/// Reads, with no other request in flight.
+///
+/// # Errors
+///
+/// The connection is lost, or the server answers with an error.
+pub fn read(stream: &mut (impl Read + Write), offset: u64, buffer: &mut [u8]) -> Result<()> {
+    let length = u32::try_from(buffer.len())?;
+    stream.write_all(&header(Command::Read, offset, offset, length))?;
+    let mut reply = [0; REPLY_BYTES];
+    stream.read_exact(&mut reply)?;
+    if cookie_of(&reply)? != offset {
+        return Err("a reply is to another request".into());
+    }
+    stream.read_exact(buffer)?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,6 +104,37 @@ mod tests {
         let bytes = header(Command::Write, 2, 3, 4);
         assert_eq!(bytes[..8], [0x25, 0x60, 0x95, 0x13, 0, 0, 0, 1]);
         assert_eq!((bytes[15], bytes[23], bytes[27]), (2, 3, 4));
+    }
+
+    /// Says what was prepared, and takes anything.
+    struct Peer<'a>(&'a [u8]);
+
+    impl Read for Peer<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            self.0.read(buffer)
+        }
+    }
+
+    impl Write for Peer<'_> {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_read_takes_the_data_of_its_own_reply_alone() {
+        let reply = [
+            0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 7, 8,
+        ];
+        let mut buffer = [0; 2];
+        read(&mut Peer(&reply), 4096, &mut buffer).unwrap();
+        assert_eq!(buffer, [7, 8]);
+        assert!(read(&mut Peer(&reply), 8192, &mut buffer).is_err());
+        assert!(read(&mut Peer(&reply[..17]), 4096, &mut buffer).is_err());
     }
 
     #[test]
