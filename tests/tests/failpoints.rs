@@ -360,6 +360,7 @@ impl Rig {
             send(&mut client, (block, tag)).unwrap();
             self.acknowledge((block, tag));
         }
+        client.disconnect().unwrap();
     }
 
     /// So many blocks of the first regions, other ones than before.
@@ -563,10 +564,15 @@ struct Probes {
 }
 
 impl Probes {
+    /// A connection goes to the worker that has the fewest; once it was answered it is counted.
     fn new(site: &Site) -> Self {
-        Self {
-            clients: vec![site.connect("disk"), site.connect("disk")],
+        let mut clients = Vec::new();
+        for _ in 0..2 {
+            let mut client = site.connect("disk");
+            client.read(0, 4096).unwrap();
+            clients.push(client);
         }
+        Self { clients }
     }
 
     /// Everybody who writes to an armed region is answered.

@@ -236,7 +236,8 @@ fn files_are_short() {
     for (name, text) in sources() {
         let lines = production(&text).lines().count();
         // Files of tests are lists of cases; there length does not hide anything.
-        let of_tests = name.contains("/tests/") || name.ends_with("tests.rs");
+        let of_tests =
+            name.contains("/tests/") || name.contains("_tests/") || name.ends_with("tests.rs");
         let limit = if of_tests {
             FILE_LINES_MAX * 2
         } else {

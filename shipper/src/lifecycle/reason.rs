@@ -19,6 +19,8 @@ pub enum Reason {
     Smaller,
     /// The tracker has dropped the changes of a recovery point that is not there.
     PointLost,
+    /// The journal is older than the newest recovery point.
+    WentBack,
     /// The tracker calls every block changed.
     EveryBlock,
     /// A capture was larger than what may wait for upload.
@@ -48,6 +50,7 @@ impl Reason {
             Self::OtherJournal => "other-journal",
             Self::Smaller => "smaller",
             Self::PointLost => "point-lost",
+            Self::WentBack => "went-back",
             Self::EveryBlock => "every-block",
             Self::Overrun => "overrun",
             Self::Share { .. } => "share",
@@ -68,6 +71,7 @@ impl fmt::Display for Reason {
             Self::PointLost => {
                 "the tracker has dropped the changes of a recovery point that is not there"
             }
+            Self::WentBack => "the journal is older than the newest recovery point",
             Self::EveryBlock => "the tracker calls every block changed",
             Self::Overrun => "more has changed than may wait for upload",
             Self::Share {
@@ -111,6 +115,7 @@ mod tests {
             Reason::OtherJournal,
             Reason::Smaller,
             Reason::PointLost,
+            Reason::WentBack,
             Reason::EveryBlock,
             Reason::Overrun,
         ] {

@@ -18,7 +18,7 @@
 //! | closed E, and E is sealed here | it is told so |
 //! | closed E, and E is not sealed here | given up; its changes are in the open epoch |
 //! | sealed E, and nothing at or after E is sealed or published here | the spool is lost: it takes the changes back |
-//! | another journal than the base's, committed more than the base, every block changed after the base | every block of the disk is scanned |
+//! | another journal than the base's or one that is older, committed more than the base, every block changed after the base | every block of the disk is scanned |
 //! | every block changed after the scan began | the scan begins anew |
 //! | a disk is larger than the base's or the scan's | nothing: its journal calls what is new changed |
 //! | a disk is smaller | every block of it is scanned |
@@ -352,7 +352,11 @@ impl Conductor {
     /// Why the journal of a disk does not tell everything that has changed since the base; `None` if
     /// it does. That a disk has grown since then is among what it tells: the base's size was asked for
     /// after its cut, so the growth belongs to a later epoch, in which what is new is recorded as changed.
-    pub(super) fn journal_fails(&self, served: &DiskStatus, committed: Epoch) -> Option<Reason> {
+    pub(super) fn journal_fails(
+        &self,
+        served: &DiskStatus,
+        status: &MachineStatus,
+    ) -> Option<Reason> {
         let base = self.base.as_ref().map(|base| base.epoch);
         let (Some(base), Some(disk)) = (base, self.base_disk(&served.name)) else {
             return Some(Reason::FirstCopy);
@@ -360,7 +364,9 @@ impl Conductor {
         let fails = [
             (disk.journal != served.journal_id, Reason::OtherJournal),
             (disk.size_bytes > served.size_bytes, Reason::Smaller),
-            (committed > base, Reason::PointLost),
+            (status.committed > base, Reason::PointLost),
+            // It was cut from this journal, which then opened a later one and has come back older.
+            (status.open <= base, Reason::WentBack),
             (
                 served.resync.is_some_and(|resync| resync > base),
                 Reason::EveryBlock,
@@ -381,10 +387,10 @@ impl Conductor {
     fn scan_wanted(
         &self,
         served: &DiskStatus,
-        committed: Epoch,
+        status: &MachineStatus,
         requested: bool,
     ) -> Option<Reason> {
-        let fails = self.journal_fails(served, committed);
+        let fails = self.journal_fails(served, status);
         match self.scan.disk(&served.name) {
             Some(scan) if scan.stage == Stage::Running => {
                 let begins_anew = !Self::scan_counts(scan, served);
@@ -409,7 +415,7 @@ impl Conductor {
         let mut wanted = Vec::new();
         for disk in &self.disks {
             let served = find_disk(status, &disk.config.name).at(Part::Tracker)?;
-            if let Some(reason) = self.scan_wanted(served, status.committed, requested) {
+            if let Some(reason) = self.scan_wanted(served, status, requested) {
                 wanted.push((served.name.clone(), reason));
             }
         }

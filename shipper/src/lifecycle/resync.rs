@@ -145,8 +145,8 @@ impl Conductor {
 
     /// Why a disk has to be scanned, as far as is known.
     fn necessary_now(&self, name: &str, status: Option<&MachineStatus>) -> Option<Reason> {
-        match status.and_then(|status| Some((find_disk(status, name).ok()?, status.committed))) {
-            Some((served, committed)) => self.journal_fails(served, committed),
+        match status.and_then(|status| Some((find_disk(status, name).ok()?, status))) {
+            Some((served, status)) => self.journal_fails(served, status),
             None => self.base_disk(name).is_none().then_some(Reason::FirstCopy),
         }
     }

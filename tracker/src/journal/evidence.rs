@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 
 use super::alarm::{Alarm, doubt_of};
 use super::format::{
-    FLAG_CLEAN, FLAG_DISK_FAILED, INTENT_OFFSET, RECORD_BYTES, Record, Slot, Superblock, Version,
+    FLAG_CLEAN, FLAG_DISK_FAILED, FLAG_REPLACED, INTENT_OFFSET, RECORD_BYTES, Record, Slot,
+    Superblock, Version,
 };
 use super::head::read_superblock;
 use super::intent::page;
@@ -143,7 +144,9 @@ impl Evidence {
             alarms,
             intents,
             suspicion,
-            doubt: doubt_of(words).is_some_and(|word| word.load(Ordering::Acquire) != 0),
+            // A power cut may bring back a file in whose place there was another.
+            doubt: superblock.flags.get() & FLAG_REPLACED != 0
+                || doubt_of(words).is_some_and(|word| word.load(Ordering::Acquire) != 0),
         }
     }
 

@@ -59,7 +59,7 @@ impl Journal {
         }
     }
 
-    /// Arms what is waited for now, on the caller's thread.
+    /// Arms what writes wait for, on the caller's thread.
     pub fn arm_now(&self) {
         self.arm(self.keeper.take_batch());
     }

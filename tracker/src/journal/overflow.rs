@@ -17,7 +17,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::format::{EPOCH_MAX, Superblock, decode_alarm, encode_alarm};
+use super::format::{DISK_BLOCKS_MAX, EPOCH_MAX, Superblock, Version, decode_alarm, encode_alarm};
 use super::mapping::SharedWords;
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
 
@@ -44,9 +44,16 @@ pub(super) struct OverflowPlace {
 impl OverflowPlace {
     /// The place that a superblock lays out.
     pub fn of(superblock: &Superblock) -> Self {
+        // Before the third version these fields were nobody's, so they are not looked at.
+        let is_there = superblock.version.get() >= Version::Third as u32;
+        let bytes = if is_there {
+            superblock.overflow_bytes.get()
+        } else {
+            0
+        };
         Self {
             offset: superblock.overflow_offset.get(),
-            half_words: superblock.overflow_bytes.get() as usize / 16,
+            half_words: bytes as usize / 16,
             unit_blocks: (superblock.overflow_unit_bytes.get() / BLOCK_SIZE).max(1),
         }
     }
@@ -132,10 +139,15 @@ impl<'a> Overflow<'a> {
                     Err(_damaged) => EPOCH_MAX,
                 };
                 for bit in (0..WORD_BITS).filter(|bit| set >> bit & 1 == 1) {
-                    visit(Extent {
-                        first_block: (number as u64 * WORD_BITS + bit) * self.place.unit_blocks,
-                        block_count: self.place.unit_blocks,
-                    });
+                    let unit = number as u64 * WORD_BITS + bit;
+                    let first_block = unit.saturating_mul(self.place.unit_blocks);
+                    // No disk reaches as far as the last units of an area may.
+                    if first_block < DISK_BLOCKS_MAX {
+                        visit(Extent {
+                            first_block,
+                            block_count: self.place.unit_blocks,
+                        });
+                    }
                 }
             }
         }

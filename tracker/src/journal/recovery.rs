@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use super::checkpoint::SetPlace;
 use super::core::Core;
-use super::create::{check_trackable, create};
+use super::create::{check_trackable, create, sync_folder};
 use super::evidence::{Evidence, Known};
 use super::format::{ALARM_OFFSET, INTENT_OFFSET, Operation, Record, Superblock};
 use super::head::{Head, map_checked};
@@ -241,6 +241,11 @@ fn settle(journal: &Journal, findings: &Findings, boot: [u8; 16]) -> Result<()> 
     if !failpoint::canary(Canary::ChainBeforeSuspectsDurable) {
         journal.sync_ring()?;
     }
+    // A tracker that was killed may have renamed it without that: the old file must not come back.
+    sync_folder(journal.path()).map_err(|error| {
+        let path = journal.path().display();
+        Error::io(format!("Cannot sync the folder of journal {path}"), error)
+    })?;
     reached(Place::RecoverAfterSyncBeforeChain);
     journal.begin_intents(findings.intents != Intents::Whole)?;
     reached(Place::RecoverAfterChainBeforePublish);

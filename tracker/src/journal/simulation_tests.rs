@@ -470,6 +470,36 @@ proptest! {
     }
 }
 
+/// Places that other tests visit.
+const VISITED_ELSEWHERE: &[Place] = &[
+    // Of another boot; see `tests`.
+    Place::DistrustAfterPublishBeforeRing,
+    Place::DistrustAfterRingBeforeSets,
+    // Of writes that wait, and of syncs that fail.
+    Place::AdmitAfterRecordBeforeMark,
+    Place::WriteAfterAdmissionBeforeData,
+    Place::WriteAfterWaitBeforeData,
+    Place::WriteAfterDataBeforeReply,
+    Place::FlushAfterDataBeforeSync,
+    Place::IntentAfterEvictionBeforePlan,
+    Place::IntentAfterArmBeforeNext,
+    Place::ArmAfterCommitBeforeRelease,
+    Place::ReplaceAfterBothBeforeCopy,
+    Place::ReplaceAfterCopyBeforeRename,
+    Place::ReplaceAfterRenameBeforeSwitch,
+    Place::ReplaceAfterSwitchBeforeFolder,
+    // Of a machine; see the tests of `epoch`.
+    Place::CutAfterGatherBeforeAdvance,
+    Place::CutAfterAdvanceBeforeUpdate,
+    Place::MachineAfterDiskBeforeNext,
+    // Of a disk; see `control::resize`.
+    Place::ResizeAfterFileBeforeJournal,
+    Place::ResizeAfterJournalBeforeSize,
+    // Of a reader.
+    Place::ReadAfterSuperblockBeforeRing,
+    Place::ReadAfterSeekBeforePage,
+];
+
 #[test]
 fn every_place_of_a_kill_is_visited() {
     let mut visited = BTreeSet::new();
@@ -508,35 +538,7 @@ fn every_place_of_a_kill_is_visited() {
             }
         }
     }
-    let elsewhere = [
-        // Of another boot; see `tests`.
-        Place::DistrustAfterPublishBeforeRing,
-        Place::DistrustAfterRingBeforeSets,
-        // Of writes that wait, and of syncs that fail.
-        Place::AdmitAfterRecordBeforeMark,
-        Place::WriteAfterAdmissionBeforeData,
-        Place::WriteAfterWaitBeforeData,
-        Place::WriteAfterDataBeforeReply,
-        Place::FlushAfterDataBeforeSync,
-        Place::IntentAfterEvictionBeforePlan,
-        Place::IntentAfterArmBeforeNext,
-        Place::ArmAfterCommitBeforeRelease,
-        Place::ReplaceAfterBothBeforeCopy,
-        Place::ReplaceAfterCopyBeforeRename,
-        Place::ReplaceAfterRenameBeforeSwitch,
-        Place::ReplaceAfterSwitchBeforeFolder,
-        // Of a machine; see the tests of `epoch`.
-        Place::CutAfterGatherBeforeAdvance,
-        Place::CutAfterAdvanceBeforeUpdate,
-        Place::MachineAfterDiskBeforeNext,
-        // Of a disk; see `control::resize`.
-        Place::ResizeAfterFileBeforeJournal,
-        Place::ResizeAfterJournalBeforeSize,
-        // Of a reader.
-        Place::ReadAfterSuperblockBeforeRing,
-        Place::ReadAfterSeekBeforePage,
-    ];
-    visited.extend(elsewhere);
+    visited.extend(VISITED_ELSEWHERE);
     let missed: Vec<_> = Place::ALL
         .iter()
         .filter(|point| !visited.contains(point))

@@ -161,6 +161,12 @@ struct Write {
     stage: Stage,
 }
 
+impl Write {
+    fn waits(&self) -> bool {
+        matches!(self.stage, Stage::Waiting(_))
+    }
+}
+
 /// The writes that were woken.
 #[derive(Debug, Default)]
 struct Woken(Mutex<Vec<usize>>);
@@ -237,10 +243,17 @@ impl Guest {
         if block_count == 0 {
             return None;
         }
-        let extent = Extent {
+        let mut disk = disk;
+        let mut extent = Extent {
             first_block: first,
             block_count,
         };
+        // Where one waits another comes often.
+        if self.rng.once_in(4)
+            && let Some(waiting) = self.writes.iter().find(|write| write.waits())
+        {
+            (disk, extent) = (waiting.disk, waiting.extent);
+        }
         let operation = match self.rng.below(8) {
             0 => Operation::Trim,
             1 => Operation::WriteZeroes,
@@ -400,8 +413,9 @@ impl Guest {
             }
         }
         for cell in self.disks.iter_mut().flat_map(|disk| &mut disk.cells) {
-            // No write of a dead machine is answered any more.
+            // No write of a dead machine is answered any more; what reached the disk is complete.
             cell.history.iter_mut().for_each(|entry| entry.1 = 0);
+            cell.answered = cell.history.len() - 1;
         }
     }
 }

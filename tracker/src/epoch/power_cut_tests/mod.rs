@@ -172,15 +172,21 @@ fn a_machine_that_loses_its_power_forgets_nothing() {
 
 #[test]
 fn every_rule_of_the_power_cut_shows_when_it_is_broken() {
+    let mut hidden = Vec::new();
     for broken in BREAKS {
         let begun = Instant::now();
         let (_, wrong) = live_many(1, CANARY_WORLDS, Mode { broken });
         let Some((seed, what)) = wrong else {
-            panic!("{broken:?} does not show in {CANARY_WORLDS} worlds");
+            hidden.push(broken);
+            continue;
         };
         println!(
             "{broken:?}: world {seed}, {} ms: {what}",
             begun.elapsed().as_millis()
         );
     }
+    assert!(
+        hidden.is_empty(),
+        "these do not show in {CANARY_WORLDS} worlds: {hidden:?}"
+    );
 }

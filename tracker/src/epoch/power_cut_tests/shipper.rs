@@ -229,9 +229,15 @@ impl Shipper {
 
     /// The machine lost its power.
     pub fn cut_power(&mut self) {
+        let mode = self.rng.below(3);
         for entry in self.tables.iter_mut().flatten() {
-            let left = entry.prints[self.rng.index(entry.prints.len())];
-            entry.prints = vec![left];
+            let last = entry.prints.len() - 1;
+            let left = match mode {
+                0 => 0,
+                1 => last,
+                _ => self.rng.index(last + 1),
+            };
+            entry.prints = vec![entry.prints[left]];
         }
         self.restart();
     }
@@ -610,10 +616,7 @@ impl Shipper {
     pub fn check_coverage(&self, machine: &Machine, guest: &Guest, folder: &Path) -> Checked {
         let status = machine.status();
         let wanted = self.wanted_scans(&status);
-        for disk in 0..guest.disks.len() {
-            if wanted[disk] {
-                continue;
-            }
+        for (disk, _) in wanted.iter().enumerate().filter(|(_, wanted)| !**wanted) {
             let reader =
                 JournalReader::open(&journal_path(folder, disk)).map_err(|error| error.chain())?;
             let after = match status.closed {

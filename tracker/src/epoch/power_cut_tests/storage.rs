@@ -67,8 +67,6 @@ struct Stored {
     platter: Vec<u8>,
     /// Pages that could not be written and count as clean, as they were then.
     given_up: BTreeMap<usize, Vec<u8>>,
-    /// A sync of it has failed in this boot.
-    failed: bool,
 }
 
 /// A file at some moment.
@@ -88,8 +86,6 @@ pub struct Frame {
     files: BTreeMap<u64, Frozen>,
     names: Vec<Names>,
     durable_names: Vec<Names>,
-    /// A sync of a journal has failed, and no other file has its name yet.
-    pub doubtful: bool,
 }
 
 pub struct Storage {
@@ -174,7 +170,6 @@ impl Storage {
                         file,
                         platter: Vec::new(),
                         given_up: BTreeMap::new(),
-                        failed: false,
                     };
                     self.files.insert(*inode, stored);
                 }
@@ -254,9 +249,7 @@ impl Storage {
             };
             (*inode, frozen)
         };
-        let journals = names.iter().filter_map(|pair| self.files.get(&pair[0]?));
         Frame {
-            doubtful: journals.into_iter().any(|stored| stored.failed),
             files: self.files.iter().map(frozen).collect(),
             names,
             durable_names: self.durable_names.clone(),
@@ -288,12 +281,12 @@ impl Storage {
         }
         // A file without a name, which the platter still knows by one.
         for inode in durable_names.iter().flatten().flatten().copied() {
-            if !moved.contains_key(&inode) {
+            moved.entry(inode).or_insert_with(|| {
                 let path = self.folder.join("unnamed");
                 let new = self.make(&path, &files[&inode]);
                 std::fs::remove_file(&path).unwrap();
-                moved.insert(inode, new);
-            }
+                new
+            });
         }
         for inode in durable_names.iter_mut().flatten().flatten() {
             *inode = moved[inode];
@@ -345,7 +338,6 @@ impl Storage {
             file,
             platter: frozen.platter.clone(),
             given_up: frozen.given_up.clone(),
-            failed: false,
         };
         self.files.insert(inode, stored);
         inode
@@ -367,8 +359,8 @@ impl Stored {
         let intent = INTENT_OFFSET as usize;
         let behind = intent + *INTENT_PAGES_RANGE.start() as usize * PAGE_BYTES;
         let areas = match self.platter.is_empty() {
-            true => vec![0..length],
-            false => vec![0..intent, behind..length],
+            true => [0..intent, intent..length],
+            false => [0..intent, behind..length],
         };
         self.platter.resize(length, 0);
         let mut ram = Vec::new();
@@ -423,7 +415,6 @@ impl Stored {
 
     /// A sync that fails: some pages stay dirty, some are durable, some count as clean and are not.
     fn fail(&mut self, rng: &mut Rng) {
-        self.failed = true;
         let ram = read_all(&self.file);
         let length = ram.len().min(self.platter.len());
         for page in 0..length.div_ceil(PAGE_BYTES) {
@@ -456,7 +447,6 @@ impl Stored {
     }
 
     fn become_frozen(&mut self, frozen: &Frozen) {
-        self.failed = false;
         self.platter.clone_from(&frozen.platter);
         self.given_up.clone_from(&frozen.given_up);
         self.file.set_len(frozen.ram.len() as u64).unwrap();

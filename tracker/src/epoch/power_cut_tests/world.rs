@@ -17,7 +17,8 @@ use super::{Break, Mode, Violation};
 use crate::epoch::{DiskSpec, Machine, MachineOptions};
 use crate::extent::Epoch;
 use crate::failpoint::{Event, Place, failing, set_boot, set_canary, watching_all};
-use crate::journal::format::{PAGE_BYTES, Superblock};
+use crate::journal::format::{INTENT_OFFSET, PAGE_BYTES, Superblock};
+use crate::journal::intent::page::reconstruct;
 use crate::journal::state::EpochState;
 use crate::journal::{Found, RecoveryReport};
 
@@ -125,10 +126,21 @@ impl Watch {
             return;
         };
         let waits = place == Place::CutAfterAdvanceBeforeUpdate;
+        let syncs = matches!(
+            place,
+            Place::SyncAfterEraBeforeStores | Place::SyncAfterDurableBeforeMark
+        ) && self.work == Work::Sync;
+        // A superblock by which slots of the ring will be free is not durable yet.
+        let frees = matches!(
+            place,
+            Place::UpdateAfterPublishBeforeSync | Place::FoldAfterPublishBeforeSync
+        );
         let often = match self.work {
             Work::Alone => return,
             _ if waits => 1,
+            _ if syncs => 2,
             Work::Guest => 40,
+            Work::Arm => 3,
             _ => 8,
         };
         if !self.rng.once_in(often) {
@@ -139,21 +151,31 @@ impl Watch {
         let tell = move |event| fate.borrow_mut().tell(&event);
         watching_all(tell, || match self.rng.below(4) {
             _ if waits => self.finish_writes(&machine),
+            _ if syncs => self.arm_meanwhile(&machine),
+            _ if frees && self.rng.once_in(2) => {
+                (0..3).for_each(|_| guest::burst(&self.guest, &machine));
+            }
             0 | 1 => guest::write(&self.guest, &machine),
             2 => self.guest.borrow_mut().go_on(&machine),
             _ => self.other_threads(place, &machine),
         });
     }
 
+    /// The ring is being synced, and regions are armed.
+    fn arm_meanwhile(&mut self, machine: &Machine) {
+        for _ in 0..1 + self.rng.below(3) {
+            guest::write(&self.guest, machine);
+        }
+        for disk in &machine.disks {
+            disk.journal.arm_now();
+        }
+        self.guest.borrow_mut().go_on_all(machine);
+    }
+
     fn other_threads(&mut self, place: Place, machine: &Machine) {
         let disk = self.rng.index(machine.disks.len());
         let journal = &machine.disks[disk].journal;
-        let open_sync = matches!(
-            place,
-            Place::SyncAfterEraBeforeStores | Place::SyncAfterDurableBeforeMark
-        );
         match self.work {
-            Work::Sync if open_sync && !self.faulty => journal.arm_now(),
             // These hold the mutex of what is published, which only a failure needs.
             Work::Other if !self.faulty && !replaces(place) => {
                 // One syncs at a time.
@@ -212,7 +234,12 @@ fn watched<T>(
     let fate = Rc::clone(&watch.fate);
     let storage = Rc::clone(storage);
     let fault = move |place: Place, inode: u64| storage.borrow_mut().attempt(place, inode);
-    let result = watching_all(move |event| watch.tell(&event), || failing(fault, work));
+    let faulty = watch.faulty;
+    let tell = move |event| watch.tell(&event);
+    let result = match faulty {
+        true => watching_all(tell, || failing(fault, work)),
+        false => watching_all(tell, work),
+    };
     let mut fate = fate.borrow_mut();
     let moment = fate.moment.take();
     // It came later than in the midst of the step.
@@ -413,12 +440,7 @@ impl World {
 
     /// The machine goes down, and is started again.
     fn go_down(&mut self, moment: Moment, nested: u32) {
-        // Whoever is killed between a sync that failed and what makes up for it leaves pages that may be
-        // dropped; see `journal::update`.
-        let down = match self.down() {
-            Down::Kill if moment.frame.doubtful => Down::PowerCut,
-            down => down,
-        };
+        let down = self.down();
         self.say(|| format!("{down:?}"));
         self.leave_machine();
         self.storage.borrow_mut().resume(moment.frame, down);
@@ -449,7 +471,6 @@ impl World {
             None
         };
         let specs = self.specs();
-        self.storage.borrow_mut().faulty = false;
         for attempt in 0.. {
             self.show_superblocks();
             let (options, specs) = (self.options.clone(), specs.clone());
@@ -480,6 +501,8 @@ impl World {
             let Ok(bytes) = std::fs::read(journal_path(&self.folder, disk)) else {
                 continue;
             };
+            let log = INTENT_OFFSET as usize..INTENT_OFFSET as usize + 61 * PAGE_BYTES;
+            self.say(|| format!("  armed {:?}", bytes.get(log).map(reconstruct)));
             for page in bytes.chunks_exact(PAGE_BYTES).take(2) {
                 self.say(|| match Superblock::decode(page) {
                     Ok(superblock) => format!(

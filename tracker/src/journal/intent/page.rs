@@ -135,7 +135,8 @@ impl Transaction {
         whole.then_some(transaction)
     }
 
-    fn is_sound(&self) -> bool {
+    /// Whether its numbers are those that a log of so many pages can hold.
+    fn is_sound(&self, pages: u64) -> bool {
         let slots = self.slots.get();
         let counts = [
             usize::from(self.update_count.get()) <= UPDATES_MAX,
@@ -143,7 +144,7 @@ impl Transaction {
         ];
         counts == [true; 2]
             && (1..=self.sequence.get()).contains(&self.chain.get())
-            && slots > 0
+            && (1..=pages.saturating_sub(2)).contains(&rotation_of(slots))
             && self.context_first.get() < slots
             && u64::from(self.context_count.get()) <= u64::from(slots)
             && self
@@ -207,7 +208,9 @@ pub fn reconstruct(log: &[u8]) -> Result<Armed, IntentDamaged> {
             .get(page_of(sequence) as usize)
             .and_then(Option::as_ref);
         transaction
-            .filter(|transaction| transaction.sequence.get() == sequence && transaction.is_sound())
+            .filter(|transaction| {
+                transaction.sequence.get() == sequence && transaction.is_sound(count)
+            })
             .ok_or(at_fault(sequence))
     };
     let next = newest + 1;

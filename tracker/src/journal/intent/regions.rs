@@ -21,6 +21,8 @@ const REGION_BLOCKS: u64 = REGION_BYTES as u64 / BLOCK_SIZE;
 /// An extent over more regions waits for its record to be durable instead: arming so many would drive
 /// out what is in use.
 const MARKED_MAX: u64 = 64;
+/// So many regions written one after the other are a stream; fewer may be chance where much is in use.
+const STREAM_REGIONS: u64 = 4;
 /// A stream of writes has so many regions armed before it.
 const AHEAD_REGIONS: u64 = 64;
 
@@ -173,14 +175,15 @@ impl Regions {
         word.map_or(0, |word| word.load(Ordering::Acquire))
     }
 
-    /// What a stream that has come to this region will need. It counts as one if the region before was
+    /// What a stream that has come to this region will need. It counts as one if the regions before were
     /// written in this era or the one before, and the way ahead is armed no longer for half as far as it
     /// should be.
     pub fn stream_at(&self, region: u64, era: u64) -> Option<Range<u32>> {
-        let before = region.checked_sub(1)?;
+        let first = region.checked_sub(STREAM_REGIONS)?;
         let count = self.count.load(Ordering::Acquire).min(NO_REGION.into());
         let half = region + AHEAD_REGIONS / 2;
-        if self.word(before) + 1 < era || half >= count || self.word(half) != 0 {
+        let recent = |before: u64| self.word(before) + 1 >= era;
+        if half >= count || self.word(half) != 0 || !(first..region).all(recent) {
             return None;
         }
         let end = (region + 1 + AHEAD_REGIONS).min(count);
@@ -319,22 +322,32 @@ mod tests {
     #[test]
     fn a_stream_is_seen_and_ends_with_the_disk() {
         let regions = Regions::new(70 * MIB).unwrap();
-        (0..4).for_each(|region| regions.arm(region));
+        (0..6).for_each(|region| regions.arm(region));
         regions.end_era();
-        // Marks of one era after the other.
-        assert_eq!(regions.mark(extent(0, 4096)).ahead, None);
-        assert_eq!(regions.mark(extent(MIB, 4096)).ahead, Some(2..66));
-        assert_eq!(regions.mark(extent(MIB, 4096)).ahead, None);
-        (2..66).for_each(|region| regions.arm(region));
         regions.end_era();
-        regions.mark(extent(32 * MIB, 4096));
+        // Each is marked in this era, one after the other.
+        for region in 0..4 {
+            assert_eq!(regions.mark(extent(region * MIB, 4096)).ahead, None);
+        }
+        assert_eq!(regions.mark(extent(4 * MIB, 4096)).ahead, Some(5..69));
+        assert_eq!(regions.mark(extent(4 * MIB, 4096)).ahead, None);
+        (6..69).for_each(|region| regions.arm(region));
+        regions.end_era();
+        regions.end_era();
+        for region in 28..32 {
+            regions.mark(extent(region * MIB, 4096));
+        }
+        let far_enough = regions.mark(extent(32 * MIB, 4096)).ahead;
+        assert_eq!(far_enough, None);
+        regions.arm(69);
+        for region in 60..64 {
+            regions.mark(extent(region * MIB, 4096));
+        }
         assert_eq!(
-            regions.mark(extent(33 * MIB, 4096)).ahead,
+            regions.mark(extent(64 * MIB, 4096)).ahead,
             None,
-            "armed far enough"
+            "the end is near"
         );
-        regions.mark(extent(34 * MIB, 4096));
-        assert_eq!(regions.mark(extent(35 * MIB, 4096)).ahead, Some(36..70));
     }
 
     #[test]
