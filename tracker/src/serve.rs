@@ -23,6 +23,7 @@ use crate::disk::{Disk, DiskKind};
 use crate::engine::{Engine, EngineChoice};
 use crate::epoch::{DiskSpec, Keepers, Machine, MachineOptions};
 use crate::error::{Error, ErrorKind, Result};
+use crate::journal::Found;
 use crate::journal::format::REGION_BYTES;
 use crate::nbd::handshake::{Export, Negotiated, negotiate};
 use crate::nbd::listener::{Listener, Plaintext, Stream};
@@ -235,9 +236,9 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
         },
     )?;
     for report in reports {
-        match report.suspicion {
-            Some(_) => tracing::warn!("{report}"),
-            None => tracing::info!("{report}"),
+        match (&report.found, report.suspicion) {
+            (Found::Lost(_), _) | (_, Some(_)) => tracing::warn!("{report}"),
+            _ => tracing::info!("{report}"),
         }
     }
     Ok(Arc::new(machine))

@@ -58,10 +58,10 @@ impl Core {
         Alarm::of(&self.words)
     }
 
-    /// Leaves word for whoever opens this file after a kill that it may not be complete, or takes it back.
-    pub fn set_doubt(&self, doubt: bool) {
+    /// Leaves word for whoever opens this file after a kill that it may not be complete.
+    pub fn set_doubt(&self) {
         if let Some(word) = doubt_of(&self.words) {
-            word.store(u64::from(doubt), Ordering::Release);
+            word.store(1, Ordering::Release);
         }
     }
 

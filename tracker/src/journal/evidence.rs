@@ -117,7 +117,10 @@ impl Evidence {
             (false, true) => Ending::Killed,
             (false, false) => Ending::PowerCut,
         };
-        let suspicion = judge(Witness::of(words).read(), ending, options.seen);
+        let disk_failed = superblock.flags.get() & FLAG_DISK_FAILED != 0;
+        // Within the boot the page cache still has what was written.
+        let lost = (disk_failed && clean && !same_boot).then_some(Suspicion::SyncFailed);
+        let suspicion = lost.or(judge(Witness::of(words).read(), ending, options.seen));
         let ring = scan(path, words, superblock);
         let alarms = read_alarm(path, words).and_then(|mut epochs| {
             epochs.extend(read_overflow(path, words, superblock)?);
@@ -136,7 +139,7 @@ impl Evidence {
                 (Err(_), false) => Intents::Damaged,
             },
             written_by_others: suspicion.is_some(),
-            disk_failed: superblock.flags.get() & FLAG_DISK_FAILED != 0,
+            disk_failed,
         };
         Self {
             findings,

@@ -72,7 +72,7 @@ pub const FLAG_CLEAN: u32 = 1;
 
 /// Flag of a superblock: another file has taken the place of this one.
 pub const FLAG_REPLACED: u32 = 2;
-/// Flag of a superblock: a sync of the disk has failed since the journal was opened.
+/// Flag of a superblock: a sync of the disk has failed in the boot that wrote it.
 pub const FLAG_DISK_FAILED: u32 = 4;
 
 /// One of the two checkpoint sets as the superblock describes it.
@@ -95,7 +95,7 @@ pub struct Superblock {
     pub magic: [u8; 8],
     /// A number of [`Version`].
     pub version: U32,
-    /// [`FLAG_CLEAN`], [`FLAG_REPLACED`], [`FLAG_DISK_FAILED`] or zero.
+    /// A sum of [`FLAG_CLEAN`], [`FLAG_REPLACED`] and [`FLAG_DISK_FAILED`].
     pub flags: U32,
     /// Grows with every update.
     pub sequence: U64,

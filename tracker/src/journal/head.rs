@@ -4,7 +4,9 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
+use super::alarm::doubt_of;
 use super::format::{INTENT_OFFSET, PAGE_BYTES, Superblock, SuperblockFault, VERSION};
 use super::mapping::SharedWords;
 use super::writer::distrusted;
@@ -46,7 +48,7 @@ pub(super) fn decode_superblocks(
 }
 
 /// The superblock that counts, where it stands, and whether the other one is damaged. The latter is an
-/// error unless it is of another boot than this.
+/// error unless it is of another boot than this, or a sync has failed.
 pub(super) fn read_superblock(
     path: &Path,
     words: &SharedWords,
@@ -77,7 +79,9 @@ pub(super) fn read_superblock(
         .position(|r| r.as_ref().err() == Some(&SuperblockFault::Damaged));
     match (newest, damaged) {
         // After a power cut a torn copy is nothing unusual.
-        (Some((newest, copy)), Some(_)) if boot.is_some_and(|boot| newest.boot_id != boot) => {
+        (Some((newest, copy)), Some(_))
+            if boot.is_some_and(|boot| newest.boot_id != boot || is_doubtful(words)) =>
+        {
             Ok((newest, copy, true))
         }
         (_, Some(copy)) => Err(distrusted(
@@ -92,6 +96,11 @@ pub(super) fn read_superblock(
             "no superblock is whole",
         )),
     }
+}
+
+/// Whether a sync failed, of which the kernel may have written one half and dropped the other.
+fn is_doubtful(words: &SharedWords) -> bool {
+    doubt_of(words).is_some_and(|word| word.load(Ordering::Acquire) != 0)
 }
 
 /// The mapped head of a journal.

@@ -23,12 +23,12 @@ use super::checkpoint::SetPlace;
 use super::core::Core;
 use super::create::{check_trackable, create, sync_folder};
 use super::evidence::{Evidence, Known};
-use super::format::{ALARM_OFFSET, INTENT_OFFSET, Operation, Record, Superblock};
+use super::format::{ALARM_OFFSET, FLAG_DISK_FAILED, INTENT_OFFSET, Operation, Record, Superblock};
 use super::head::{Head, map_checked};
 use super::intent::{IntentLog, IntentPlace, Regions, extent_of};
 use super::report::{Found, RecoveryReport};
 use super::state::EpochState;
-use super::verdict::{Findings, Intents, Verdict, verdict};
+use super::verdict::{Findings, Intents, Verdict, Why, verdict};
 use super::witness::Moment;
 use super::writer::{Journal, distrusted};
 use crate::error::{Error, ErrorKind, Result};
@@ -159,7 +159,10 @@ fn recover(
     }
     let mut evidence = Evidence::gather(path, &words, &superblock, options, boot);
     evidence.findings.copy_damaged = damaged_copy;
-    let judgement = verdict(&evidence.findings);
+    let judgement = match evidence.doubt {
+        true => Verdict::Distrust(Why::JournalFailed),
+        false => verdict(&evidence.findings),
+    };
     let known = believe(judgement, &mut evidence, path, &superblock, &mut state)?;
     let suspects = match judgement {
         Verdict::Suspect => evidence.armed_regions(),
@@ -173,7 +176,6 @@ fn recover(
         suspect_regions: suspects.len() as u64,
         grown_from_bytes: None,
         suspicion: evidence.suspicion,
-        doubt: evidence.doubt,
     };
     state.store(&mut superblock);
     superblock.upgrade();
@@ -203,11 +205,9 @@ fn believe(
     state.open = state.open.max(evidence.newest(superblock));
     match judgement {
         Verdict::Refuse => return Err(evidence.refusal(path)),
-        Verdict::Trust if evidence.doubt => state.distrust(),
         Verdict::Trust => {}
         Verdict::TrustAllButBlocks => state.distrust(),
         // It may have been captured without blocks that are suspect now.
-        Verdict::Suspect if evidence.doubt => state.distrust(),
         Verdict::Suspect => state.closed = None,
         Verdict::Distrust(_) => {
             state.distrust();
@@ -252,15 +252,17 @@ fn settle(journal: &Journal, findings: &Findings, boot: [u8; 16]) -> Result<()> 
     // Both copies are replaced before the first write, so that no power cut brings back one that
     // says that the journal was closed cleanly.
     journal.rewrite(|superblock| {
-        superblock.flags = 0.into();
+        // Of a disk that failed in this boot nobody knows what it keeps until the next one.
+        let kept = match findings.same_boot {
+            true => superblock.flags.get() & FLAG_DISK_FAILED,
+            false => 0,
+        };
+        superblock.flags = kept.into();
         superblock.boot_id = boot;
         superblock.openings = (superblock.openings.get() + 1).into();
     })?;
     reached(Place::RecoverAfterFirstPublishBeforeSecond);
-    journal.update(|_| {})?;
-    // By now a superblock says what it stood for.
-    journal.core().set_doubt(false);
-    Ok(())
+    journal.update(|_| {})
 }
 
 /// The journal over what was found. Regions that were armed stay so in memory until all that is recorded is

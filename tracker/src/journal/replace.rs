@@ -29,7 +29,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::checkpoint::{SetPlace, copy_pages};
 use super::core::Core;
 use super::create::{self, sync_folder};
-use super::format::{FLAG_REPLACED, Operation, Slot, Superblock};
+use super::format::{FLAG_DISK_FAILED, FLAG_REPLACED, Operation, Slot, Superblock};
 use super::intent::{IntentLog, IntentPlace, extent_of};
 use super::mapping::SharedWords;
 use super::update::publish;
@@ -184,7 +184,7 @@ impl Journal {
 /// are stored in place, both of them, so that none is left that says otherwise.
 fn mark_replaced(old: &Core, mut published: Published) {
     let mut superblock = published.superblock;
-    superblock.flags = FLAG_REPLACED.into();
+    superblock.flags = (superblock.flags.get() & FLAG_DISK_FAILED | FLAG_REPLACED).into();
     for _ in 0..2 {
         publish(old, &mut published, superblock);
     }

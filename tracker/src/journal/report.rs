@@ -39,8 +39,6 @@ pub struct RecoveryReport {
     pub grown_from_bytes: Option<u64>,
     /// Somebody else has written to the disk, or may have.
     pub suspicion: Option<Suspicion>,
-    /// A sync of the journal had failed, so it may not be complete.
-    pub doubt: bool,
 }
 
 impl fmt::Display for RecoveryReport {
@@ -71,20 +69,13 @@ impl fmt::Display for RecoveryReport {
             ),
             Found::Lost(why) => write!(
                 f,
-                "Journal {path}: the machine went down without a clean stop, and {why}: every block \
-                 counts as changed"
+                "Journal {path}: it was not closed, and {why}: every block counts as changed"
             ),
         }?;
         if let Some(bytes) = self.grown_from_bytes {
             write!(
                 f,
                 "; the disk has grown from {bytes} bytes, what is new counts as changed"
-            )?;
-        }
-        if self.doubt {
-            write!(
-                f,
-                "; a sync of it had failed: every block counts as changed"
             )?;
         }
         match self.suspicion {

@@ -1,4 +1,4 @@
-//! Random lives of a journal against a model: killed at any moment, reopened, damaged, cut short.
+//! Random lives of a journal against a model: killed at any moment, reopened.
 //!
 //! A kill is simulated by a copy of the file as it is: what SIGKILL leaves is what the page cache
 //! holds at that moment, and that is what a copy reads. Copies are made between steps, and in the
@@ -13,15 +13,11 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use proptest::prelude::*;
-use zerocopy::{FromBytes, IntoBytes};
 
-use super::format::{
-    ALARM_OFFSET, ALARM_WORDS, EPOCH_MAX, Operation, PAGE_BYTES, RECORD_BYTES, Superblock,
-};
+use super::format::{EPOCH_MAX, Operation};
 use super::reader::JournalReader;
 use super::state::EpochState;
 use super::{Found, Journal, JournalOptions, open};
-use crate::error::ErrorKind;
 use crate::extent::{BLOCK_SIZE, Epoch, Extent, blocks_of};
 use crate::failpoint::{Place, watching};
 
@@ -32,7 +28,6 @@ const BLOCKS_MAX: u64 = 260_000;
 const RING_BYTES: u64 = 16 << 10;
 /// Moments at one place in one step that are looked at.
 const MOMENTS_MAX: usize = 3;
-const RING_RECORDS: u64 = RING_BYTES / RECORD_BYTES;
 
 fn options(disk_size_bytes: u64) -> JournalOptions {
     JournalOptions {
@@ -546,19 +541,8 @@ fn every_place_of_a_kill_is_visited() {
     assert!(missed.is_empty(), "{missed:?}");
 }
 
-/// A journal in which everything is in use: both checkpoint sets, a lap of the ring, a hole, a
-/// closed and a sealed epoch, an alarm of an epoch before the open one.
-fn busy_world() -> World {
-    let mut world = World::new();
-    for step in &busy_steps() {
-        world.carry_out(step);
-    }
-    assert_eq!(world.journal.sets_in_use(), 2);
-    assert!(world.journal.ring().head() > RING_RECORDS);
-    world.check().unwrap();
-    world
-}
-
+/// Steps after which everything is in use: both checkpoint sets, a lap of the ring, a hole, a closed and a
+/// sealed epoch, an alarm of an epoch before the open one.
 fn busy_steps() -> [Step; 16] {
     [
         Step::Cut,
@@ -578,163 +562,4 @@ fn busy_steps() -> [Step; 16] {
         Step::Hole,
         Step::Burst(20_000, 100),
     ]
-}
-
-/// Opens a file that may be damaged. Whether it was taken.
-fn judge(path: &Path, model: &Model, what: &str) -> bool {
-    let name = path.display().to_string();
-    let refused = |error: &crate::error::Error| {
-        assert!(error.to_string().contains(&name), "{what}: {error}");
-        let kinds = [
-            ErrorKind::Corrupt,
-            ErrorKind::Unsupported,
-            ErrorKind::Mismatch,
-        ];
-        assert!(kinds.contains(&error.kind()), "{what}: {error:?}");
-    };
-    // A reader may refuse what an opened journal is refused for; if it does not, it knows all.
-    let complaint = model.check_all(path).err();
-    assert!(
-        complaint.as_ref().is_none_or(|text| text.contains(&name)),
-        "{what}: a reader says {complaint:?}"
-    );
-    match open(path, &options(model.size_bytes)) {
-        Err(error) => {
-            refused(&error);
-            false
-        }
-        Ok((journal, _)) => {
-            if let Err(error) = model.check_all(path) {
-                panic!("{what}: {error}");
-            }
-            assert!(journal.watermarks().is_consistent(), "{what}");
-            true
-        }
-    }
-}
-
-/// Flips a byte at each of these places in turn and counts how many files were taken.
-fn flip(places: impl IntoIterator<Item = usize>) -> usize {
-    use std::os::unix::fs::FileExt;
-    let world = busy_world();
-    let image = world.image();
-    let path = world.folder.path().join("flipped.hrl");
-    std::fs::write(&path, &image).unwrap();
-    let file = std::fs::File::options().write(true).open(&path).unwrap();
-    let mut taken = 0;
-    for place in places.into_iter().filter(|place| *place < image.len()) {
-        let flipped = image[place] ^ (place % 255 + 1) as u8;
-        file.write_all_at(&[flipped], place as u64).unwrap();
-        let what = format!("byte {place} of {:#x} as {flipped:#x}", image[place]);
-        if judge(&path, &world.model, &what) {
-            taken += 1;
-            // Opening has written to it.
-            file.write_all_at(&image, 0).unwrap();
-        } else {
-            file.write_all_at(&image[place..=place], place as u64)
-                .unwrap();
-        }
-    }
-    taken
-}
-
-fn layout() -> Superblock {
-    World::new().journal.superblock()
-}
-
-fn ring_offset() -> usize {
-    layout().ring_offset.get() as usize
-}
-
-/// Where the first words of the overflow bits are.
-fn overflow_heads() -> impl Iterator<Item = usize> {
-    let layout = layout();
-    let offset = layout.overflow_offset.get() as usize;
-    [offset, offset + layout.overflow_bytes.get() as usize / 2].into_iter()
-}
-
-#[test]
-fn a_flipped_byte_of_the_head_is_refused() {
-    assert_eq!(flip(0..ALARM_OFFSET as usize + 8 * ALARM_WORDS), 0);
-    assert_eq!(flip(overflow_heads().flat_map(|head| head..head + 8)), 0);
-}
-
-#[test]
-fn a_flipped_byte_of_the_ring_is_refused() {
-    let ring = ring_offset();
-    // Every slot is in use or holds a record of an earlier lap.
-    assert_eq!(flip(ring..ring + RING_BYTES as usize), 0);
-}
-
-#[test]
-fn a_flipped_byte_elsewhere_only_adds() {
-    let ring = ring_offset();
-    // The overflow bits before the ring are empty, so only the first word of each half tells something.
-    let reserved = (ALARM_OFFSET as usize + 8 * ALARM_WORDS..ring)
-        .step_by(4099)
-        .filter(|place| !overflow_heads().any(|head| (head..head + 8).contains(place)));
-    let checkpoint = ring + RING_BYTES as usize;
-    let pages = (checkpoint..checkpoint + 6 * PAGE_BYTES).step_by(251);
-    let all = reserved.clone().count() + pages.clone().count();
-    assert_eq!(flip(reserved.chain(pages)), all);
-}
-
-#[test]
-fn a_journal_cut_short_anywhere_is_refused() {
-    let world = busy_world();
-    let image = world.image();
-    let path = world.folder.path().join("short.hrl");
-    for length in (0..image.len()).step_by(512) {
-        std::fs::write(&path, &image[..length]).unwrap();
-        let what = format!("cut short at {length}");
-        assert!(!judge(&path, &world.model, &what), "{what}");
-    }
-}
-
-proptest! {
-    #![proptest_config(config())]
-
-    #[test]
-    fn a_superblock_of_any_numbers_is_refused_or_works(
-        changes in prop::collection::vec((3..240usize / 4, prop_oneof![
-            Just(0u32), Just(u32::MAX), Just(1 << 31), 0..64u32, any::<u32>(),
-        ]), 1..4),
-        wide in any::<bool>(),
-    ) {
-        let world = busy_world();
-        let mut image = world.image();
-        for copy in 0..2 {
-            let page = copy * PAGE_BYTES..(copy + 1) * PAGE_BYTES;
-            let mut bytes = image[page.clone()].to_vec();
-            for (word, value) in &changes {
-                bytes[word * 4..word * 4 + 4].copy_from_slice(&value.to_le_bytes());
-                if wide {
-                    let next = word * 4 + 4;
-                    bytes[next..next + 4].copy_from_slice(&value.to_le_bytes());
-                }
-            }
-            let mut superblock = Superblock::read_from_bytes(&bytes).unwrap();
-            superblock.seal();
-            image[page].copy_from_slice(superblock.as_bytes());
-        }
-        let path = world.folder.path().join("any.hrl");
-        std::fs::write(&path, &image).unwrap();
-        // Such numbers were never written by a tracker, so nothing is promised but an answer.
-        let mut sink = Vec::new();
-        let _ = super::verify(&path);
-        let _ = super::dump(&path, &mut sink);
-        if let Ok(reader) = JournalReader::open(&path)
-            && let Ok(dirty) = reader.dirty(Epoch::ZERO, Epoch(EPOCH_MAX))
-        {
-            let _ = dirty.block_count();
-        }
-        if let Ok((journal, _)) = open(&path, &options(BLOCKS * BLOCK_SIZE)) {
-            journal.record(Epoch(journal.state().open.0), Extent { first_block: 0, block_count: 9 }, Operation::Trim);
-            journal.maintain().unwrap();
-            let open = journal.state().open;
-            journal.update(|state| state.cut(open.next())).unwrap();
-            journal.update(|state| state.commit(open)).unwrap();
-            journal.close().unwrap();
-        }
-    }
 }

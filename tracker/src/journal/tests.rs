@@ -18,7 +18,7 @@ use super::verdict::Why;
 use super::{Found, Journal, JournalOptions, Moment, RecoveryReport, Suspicion, open};
 use crate::error::ErrorKind;
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
-use crate::failpoint::{Place, watching};
+use crate::failpoint::{Place, set_boot, watching};
 
 /// Blocks of the disk: three checkpoint pages, the last one short.
 const BLOCKS: u64 = 70_001;
@@ -450,6 +450,37 @@ fn a_growth_that_finds_no_room_in_the_ring_counts_coarsely_and_far_beyond_as_all
     assert!(!reader.dirty(Epoch(2), Epoch(3)).unwrap().all());
     journal.grow(200 * BLOCKS * BLOCK_SIZE, Epoch(3)).unwrap();
     assert!(reader.dirty(Epoch(2), Epoch(3)).unwrap().all());
+}
+
+#[test]
+fn a_disk_of_which_a_sync_failed_is_not_believed_after_the_next_power_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let begin = |name: &str| {
+        let path = folder.path().join(name);
+        let (journal, _) = open(&path, &options()).unwrap();
+        past_first_epoch(&journal);
+        journal.note_disk_failure().unwrap();
+        (path, journal)
+    };
+    let (killed, journal) = begin("killed.hrl");
+    drop(journal);
+    // Within the boot the page cache has what was written.
+    let (journal, report) = open(&killed, &options()).unwrap();
+    assert_eq!((report.found, report.suspicion), (Found::Killed, None));
+    drop(journal);
+    let (closed, journal) = begin("closed.hrl");
+    journal.close().unwrap();
+    drop(journal);
+    set_boot(Some([9; 16]));
+    let opened = [&killed, &closed].map(|path| open(path, &options()).unwrap());
+    set_boot(None);
+    let [(first, killed), (second, closed)] = opened;
+    assert_eq!(killed.found, Found::Lost(Why::DiskFailed));
+    assert_eq!(closed.suspicion, Some(Suspicion::SyncFailed));
+    for journal in [first, second] {
+        assert_eq!(journal.state().resync, Some(Epoch(2)));
+        assert_eq!(journal.superblock().flags.get(), 0);
+    }
 }
 
 /// A disk that was last modified at this time.

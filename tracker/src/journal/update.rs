@@ -136,7 +136,7 @@ impl Journal {
         let core = self.core();
         let result = sync(core);
         if result.is_err() {
-            core.set_doubt(true);
+            core.set_doubt();
             self.sync_failed.store(true, Ordering::Release);
         }
         result
@@ -217,7 +217,7 @@ impl Journal {
             ));
         }
         let mut superblock = published.superblock;
-        superblock.flags = FLAG_CLEAN.into();
+        superblock.flags = (superblock.flags.get() & FLAG_DISK_FAILED | FLAG_CLEAN).into();
         reached(Place::CloseAfterSyncBeforePublish);
         self.publish(&mut published, superblock);
         self.sync_published(&mut published)

@@ -12,7 +12,8 @@
 //! | no | other | whole | whole | whole | as it was, and no sync of it failed | trusted, armed regions are suspect |
 //! | no | other | otherwise | | | | nothing is believed, every block counts as changed |
 //!
-//! Refused before that: no superblock whole, a future version, another or a smaller disk, a file cut
+//! A journal in which a failed sync has left its word, or that another file had taken the place of, is not
+//! judged: nothing is believed. Refused before that: no superblock whole, a future version, another or a smaller disk, a file cut
 //! short, numbers out of range. A damaged page of a checkpoint set stands for its own blocks, whatever
 //! else is found.
 //!
@@ -86,6 +87,9 @@ pub enum Why {
     Disk,
     /// A sync of the disk had failed.
     DiskFailed,
+    /// A sync of the journal had failed, or there was another file in its place. Not for [`verdict`]: nothing
+    /// else is asked then, in whatever boot.
+    JournalFailed,
 }
 
 impl fmt::Display for Why {
@@ -98,6 +102,7 @@ impl fmt::Display for Why {
             Self::NoIntentLog => "it is of a version without an intent log",
             Self::Disk => "the disk is not as the tracker left it",
             Self::DiskFailed => "a sync of the disk had failed",
+            Self::JournalFailed => "a sync of the journal had failed",
         })
     }
 }

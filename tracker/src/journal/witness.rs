@@ -123,6 +123,9 @@ pub enum Suspicion {
     ClockSet,
     /// What is kept of the times is damaged.
     Damaged,
+    /// The journal was closed over a disk of which a sync had failed, and the machine went down since: what
+    /// the page cache held is gone.
+    SyncFailed,
 }
 
 impl fmt::Display for Suspicion {
@@ -142,6 +145,11 @@ impl fmt::Display for Suspicion {
                 f,
                 "the disk may have been written while no tracker served it: the clock was set after \
                  the tracker was killed"
+            ),
+            Self::SyncFailed => write!(
+                f,
+                "the disk may not hold what was written: a sync of it had failed before the machine went \
+                 down"
             ),
             Self::Damaged => write!(
                 f,
@@ -324,6 +332,7 @@ mod tests {
             Some(Suspicion::PutBack { .. }) => Verdict::PutBack,
             Some(Suspicion::ClockSet) => Verdict::ClockSet,
             Some(Suspicion::Damaged) => Verdict::Damaged,
+            Some(Suspicion::SyncFailed) => unreachable!("times do not tell of syncs"),
         }
     }
 

@@ -66,10 +66,10 @@ pub struct IntentStatus {
 pub struct Journal {
     path: PathBuf,
     /// The file that was opened.
-    first: Core,
+    first: Box<Core>,
     /// Those that have taken or are about to take its place. None is given up while the tracker runs: a
     /// worker may be about to store to it.
-    pub(super) others: [OnceLock<Core>; REPLACEMENTS_MAX],
+    pub(super) others: Box<[OnceLock<Core>]>,
     /// The one in use: zero is the first.
     pub(super) current: AtomicUsize,
     /// The one in use, or the one that is about to be.
@@ -100,8 +100,8 @@ impl Journal {
     ) -> Self {
         Self {
             path,
-            first: core,
-            others: [const { OnceLock::new() }; REPLACEMENTS_MAX],
+            first: Box::new(core),
+            others: (0..REPLACEMENTS_MAX).map(|_| OnceLock::new()).collect(),
             current: AtomicUsize::new(0),
             latest: AtomicUsize::new(0),
             published: Mutex::new(Published { superblock, copy }),

@@ -219,7 +219,9 @@ impl Storage {
             stored.fall_back(page);
             return;
         }
-        let sectors = (self.rng.once_in(2)).then(|| self.rng.next() as u8);
+        // A page that falls back after a failure is one that was written as a whole.
+        let torn = self.rng.once_in(2) && !self.faulty;
+        let sectors = torn.then(|| self.rng.next() as u8);
         stored.write_back(page, sectors);
     }
 
