@@ -8,8 +8,8 @@ use tests::process::workspace;
 use tracker::journal::format::{
     ALARM_OFFSET, ALARM_WORDS, CHECKPOINT_HEAD_BYTES, CHECKPOINT_PAGE_BLOCKS, COUNTER_MAX,
     CheckpointHead, DOUBT_WORD, EPOCH_MAX, FLAG_CLEAN, FLAG_REPLACED, INTENT_OFFSET,
-    INTENT_PAGES_RANGE, MAGIC, PAGE_BYTES, RECORD_BYTES, REGION_BYTES, RING_BYTES_RANGE,
-    SetDescriptor, Superblock, TIME_WORDS, Time, VERSION, encode_time,
+    INTENT_PAGES_RANGE, MAGIC, OLD_INTENT_PAGES, PAGE_BYTES, RECORD_BYTES, REGION_BYTES,
+    RING_BYTES_RANGE, SetDescriptor, Superblock, TIME_WORDS, Time, VERSION, encode_time,
 };
 use tracker::journal::intent::page::{CONTEXT_MAX, NO_REGION, Transaction, UPDATES_MAX};
 use tracker::journal::{CLOCK_STEP_MS, MARGIN_MS, POWER_CUT_LAG_MS, POWER_CUT_MARGIN_MS};
@@ -165,7 +165,9 @@ fn numbers_are_those_of_the_program() {
         "| `ring_offset` | `ring_records` * {RECORD_BYTES} | ring |"
     ));
     let (least, most) = (INTENT_PAGES_RANGE.start(), INTENT_PAGES_RANGE.end());
-    says(format!(": {least} to {most} pages;"));
+    says(format!(
+        ": {least} to {most} pages; before version 3 always {OLD_INTENT_PAGES}"
+    ));
     says(format!("| {UPDATES_MAX} entries: slot"));
     says(format!("| {CONTEXT_MAX} numbers of 4 bytes"));
     says(format!("(pages - 2) * {CONTEXT_MAX} slots"));

@@ -136,10 +136,7 @@ impl Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Canary {
-    ArmBeforeTransaction,
     WatermarkBeforeSync,
-    SlotsFreedBeforeSuperblock,
-    PagesNotSyncedBeforeSuperblock,
     ChainBeforeSuspectsDurable,
 }
 

@@ -18,8 +18,8 @@ use crate::disk::{LiveSize, NewSize};
 use crate::extent::{Epoch, Extent};
 use crate::failpoint::set_boot;
 use crate::journal::format::{
-    COUNTER_MAX, DISK_BLOCKS_MAX, EPOCH_MAX, Operation, PAGE_BYTES, PageState, RECORD_BLOCKS_MAX,
-    Record, Slot, Superblock, decode_alarm, encode_alarm, judge_checkpoint_page,
+    COUNTER_MAX, DISK_BLOCKS_MAX, EPOCH_MAX, INTENT_PAGES_RANGE, Operation, PAGE_BYTES, PageState,
+    RECORD_BLOCKS_MAX, Record, Slot, Superblock, decode_alarm, encode_alarm, judge_checkpoint_page,
     seal_checkpoint_page,
 };
 use crate::journal::intent::page::Transaction;
@@ -550,7 +550,7 @@ impl Change {
             return;
         };
         if self.kind == 8 {
-            let pages = 61 + self.place % 3 * 20;
+            let pages = INTENT_PAGES_RANGE.start() + self.place % 3 * 20;
             superblock.intent_bytes = (pages * 4096).into();
             superblock.overflow_offset = (12_288 + pages * 4096).into();
             superblock.overflow_bytes = (self.place / 3 % 3 * 8192).into();
@@ -597,7 +597,8 @@ impl Change {
     }
 
     fn change_transaction(self, bytes: &mut [u8]) {
-        let pages = 61;
+        let layout = specimen::superblock(&specimen::left_open().bytes, 0);
+        let pages = layout.intent_bytes.get() / PAGE_BYTES as u64;
         let page = self.place % pages;
         let number = |field: u64, before: u64| match self.field % 8 == field {
             true => self.number(before),

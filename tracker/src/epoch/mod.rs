@@ -7,8 +7,8 @@
 //! one in this epoch; the filter's bits. The bits come after the record, so that another worker
 //! that trusts a bit finds the record in the mapping.
 //!
-//! Why the filter may be trusted: it belongs to one epoch and starts empty, so a set bit stands for
-//! a record whose epoch lay in the open set when the bit was set. Records leave only by a commit at
+//! Why the filter may be trusted: it belongs to one epoch and starts empty, or with what is recorded in that
+//! epoch, so a set bit stands for a record of this epoch or a later one. Records leave only by a commit at
 //! or above their epoch, or into a checkpoint that counts for their epoch. Giving up a closed
 //! epoch, or losing the spool, only moves watermarks down: records of the open set stay in it.
 //!
@@ -125,7 +125,7 @@ pub struct DiskStatus {
     pub size_bytes: u64,
     /// Every block counts as changed as of this epoch.
     pub resync: Option<Epoch>,
-    /// Blocks recorded in the open epoch; after a restart in all epochs that it has taken over.
+    /// Blocks recorded in the open epoch, not in earlier ones that it has taken over.
     pub open_dirty_blocks: u64,
     /// Blocks recorded in the closed epoch.
     pub closed_dirty_blocks: u64,
@@ -226,15 +226,20 @@ impl TrackedDisk {
         (sample, rates)
     }
 
-    /// Takes over what the journal knows of the open set, as if it had been written since.
-    fn remember(&self, open: Epoch, state: &EpochState) -> Result<()> {
+    /// Takes over what the journal knows of the open epoch. What belongs to the open set from earlier ones is
+    /// recorded once more when it changes: whoever has looked at every block since such an epoch asks for
+    /// later ones alone.
+    fn remember(&self, open: Epoch) -> Result<()> {
         let filter = &self.filters[(open.0 & 1) as usize];
         self.journal
-            .each_extent_after(state.open_after(), |extent| filter.insert(extent))
+            .each_extent_after(Epoch(open.0.saturating_sub(1)), |extent| {
+                filter.insert(extent)
+            })
     }
 
     fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) -> Marked {
         self.journal.stir();
+        let file = self.journal.file_number();
         let filter = &self.filters[(epoch.0 & 1) as usize];
         if filter.contains(extent) {
             self.elided.fetch_add(1, Ordering::Relaxed);
@@ -243,6 +248,12 @@ impl TrackedDisk {
             filter.insert(extent);
         }
         reached(Place::AdmitAfterRecordBeforeMark);
+        let marked = self.journal.mark(extent);
+        if self.journal.file_number() == file {
+            return marked;
+        }
+        // The sync that failed may have cost the record before the mark could tell of it.
+        self.journal.record(epoch, extent, operation);
         self.journal.mark(extent)
     }
 }
@@ -301,8 +312,8 @@ impl Machine {
             disk.journal.update(|present| *present = *state)?;
         }
         let open = states.first().map_or(Epoch(1), |state| state.open);
-        for (disk, state) in disks.iter().zip(&states) {
-            disk.remember(open, state)?;
+        for disk in &disks {
+            disk.remember(open)?;
         }
         let clock = Clock::new(open, options.workers);
         Ok((

@@ -100,6 +100,24 @@ fn flags(folder: &Path, disk: &str) -> [u8; 2] {
     [0, 1].map(|copy: usize| bytes[copy * 4096 + 12])
 }
 
+/// Whoever has looked at every block after an epoch asks for later ones alone.
+#[test]
+fn a_change_after_a_restart_is_recorded_also_where_an_earlier_epoch_has_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = machine(folder.path(), &["a"]);
+    past_first_epoch(&machine);
+    let looked = change(&machine, 0, 5);
+    assert_eq!(cut(&machine), looked);
+    machine.abandon(looked).unwrap();
+    drop(machine);
+    let machine = self::machine(folder.path(), &["a"]);
+    let later = change(&machine, 0, 5);
+    assert!(later > looked);
+    let reader = reader(&machine, 0);
+    let dirty = reader.dirty(looked, Epoch(u64::MAX)).unwrap();
+    assert_eq!(dirty.block_count().unwrap(), 1);
+}
+
 #[test]
 fn another_file_takes_the_place_of_a_journal_whose_sync_failed() {
     let folder = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@ use super::format::{Operation, Record, SetDescriptor, Slot, Superblock};
 use super::writer::{Journal, Published};
 use crate::error::{Error, Result};
 use crate::extent::Epoch;
-use crate::failpoint::{self, Canary, Place, canary, reached};
+use crate::failpoint::{self, Place, reached};
 
 /// Past this share of the ring, in percent, the oldest records are folded.
 const FOLD_ABOVE_PERCENT: u64 = 70;
@@ -75,12 +75,7 @@ impl Journal {
         }
         superblock.ring_tail = tail.into();
         reached(Place::FoldAfterPagesBeforeSync);
-        if !canary(Canary::PagesNotSyncedBeforeSuperblock) {
-            self.sync_published(published)?;
-        }
-        if canary(Canary::SlotsFreedBeforeSuperblock) {
-            core.ring.set_tail(tail);
-        }
+        self.sync_published(published)?;
         if !std::ptr::eq(core, self.core()) {
             // Another file has taken its place, where these pages are not.
             return Ok(0);

@@ -27,10 +27,12 @@ pub const TIME_WORDS: usize = 4;
 pub const DOUBT_WORD: usize = ALARM_WORDS + TIME_WORDS;
 /// Offset of the intent log.
 pub const INTENT_OFFSET: u64 = 3 * PAGE_BYTES as u64;
-/// Least and greatest number of pages of the intent log. Before the third version all had the least.
-pub const INTENT_PAGES_RANGE: std::ops::RangeInclusive<u64> = 61..=1 << 12;
+/// Least and greatest number of pages of the intent log.
+pub const INTENT_PAGES_RANGE: std::ops::RangeInclusive<u64> = 8..=1 << 12;
+/// Pages of the intent log before the third version, which had no use for them.
+pub const OLD_INTENT_PAGES: u64 = 61;
 /// Offset of the ring before the third version.
-const OLD_RING_OFFSET: u64 = INTENT_OFFSET + *INTENT_PAGES_RANGE.start() * PAGE_BYTES as u64;
+const OLD_RING_OFFSET: u64 = INTENT_OFFSET + OLD_INTENT_PAGES * PAGE_BYTES as u64;
 /// Least and greatest size of both halves of the overflow bits in new journals; where there are none the
 /// alarm stands for them.
 pub const OVERFLOW_BYTES_RANGE: std::ops::RangeInclusive<u64> = 2 * PAGE_BYTES as u64..=1 << 24;

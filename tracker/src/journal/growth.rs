@@ -59,9 +59,7 @@ impl Journal {
             reached(Place::GrowAfterRoomBeforeRecord);
             // The block in which the old end lay is among them.
             let new = Extent::covering(before, disk_size_bytes - before);
-            self.record(epoch, new, Operation::Write);
-            reached(Place::GrowAfterRecordBeforeSync);
-            self.sync_published(&mut published)?;
+            self.record_durably(&mut published, epoch, new)?;
             reached(Place::GrowAfterRecordBeforePublish);
             self.regions.reach(disk_size_bytes).map_err(|error| {
                 Error::io("Cannot reserve memory for the regions of the disk", error)
@@ -72,6 +70,20 @@ impl Journal {
         self.publish(&mut published, superblock);
         reached(Place::GrowAfterPublishBeforeSync);
         self.sync_published(&mut published)
+    }
+
+    /// Records what is new and syncs it: once more if another file had to take the place of this one, since
+    /// the sync that failed may have cost the record, and no region is armed for it.
+    fn record_durably(&self, published: &mut Published, epoch: Epoch, new: Extent) -> Result<()> {
+        loop {
+            let core = self.core();
+            self.record(epoch, new, Operation::Write);
+            reached(Place::GrowAfterRecordBeforeSync);
+            self.sync_published(published)?;
+            if std::ptr::eq(core, self.core()) {
+                return Ok(());
+            }
+        }
     }
 
     /// Gives the checkpoint sets room for a disk of so many bytes.

@@ -158,7 +158,7 @@ impl Journal {
             }
         }
         let epochs = self.epochs_at_work(superblock);
-        if self.regions.has_waiting() {
+        if self.regions.has_uncovered() {
             // Its record may be in a page that was dropped, and it will go on.
             epochs.iter().for_each(|&epoch| new.alarm().raise(epoch));
         }

@@ -56,9 +56,6 @@ impl Journal {
                 dropped.push(index);
             }
         }
-        if canary(Canary::SlotsFreedBeforeSuperblock) {
-            core.ring.set_tail(tail);
-        }
         self.publish(&mut published, superblock);
         reached(Place::UpdateAfterPublishBeforeSync);
         let result = failpoint::attempt(Place::UpdateAfterPublishBeforeSync, &core.file)

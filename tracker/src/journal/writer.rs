@@ -249,6 +249,13 @@ impl Journal {
     /// Makes every block count as changed as of this epoch.
     pub fn raise_alarm(&self, epoch: Epoch) {
         self.on_cores(|core| core.alarm().raise(epoch));
+        // Should the next sync fail and the kernel drop the page, it is raised again.
+        self.regions.note_uncovered();
+    }
+
+    /// Tells apart the files that took the place of each other.
+    pub fn file_number(&self) -> usize {
+        self.current.load(Ordering::SeqCst)
     }
 
     /// Prepares the end of an epoch, and the beginning of the `next`: the alarms and overflow bits of

@@ -17,7 +17,7 @@ use super::{Break, Mode, Violation};
 use crate::epoch::{DiskSpec, Machine, MachineOptions};
 use crate::extent::Epoch;
 use crate::failpoint::{Event, Place, failing, set_boot, set_canary, watching_all};
-use crate::journal::format::{INTENT_OFFSET, PAGE_BYTES, Superblock};
+use crate::journal::format::{INTENT_OFFSET, INTENT_PAGES_RANGE, PAGE_BYTES, Superblock};
 use crate::journal::intent::page::reconstruct;
 use crate::journal::state::EpochState;
 use crate::journal::{Found, RecoveryReport};
@@ -501,7 +501,8 @@ impl World {
             let Ok(bytes) = std::fs::read(journal_path(&self.folder, disk)) else {
                 continue;
             };
-            let log = INTENT_OFFSET as usize..INTENT_OFFSET as usize + 61 * PAGE_BYTES;
+            let log = INTENT_OFFSET as usize
+                ..INTENT_OFFSET as usize + *INTENT_PAGES_RANGE.start() as usize * PAGE_BYTES;
             self.say(|| format!("  armed {:?}", bytes.get(log).map(reconstruct)));
             for page in bytes.chunks_exact(PAGE_BYTES).take(2) {
                 self.say(|| match Superblock::decode(page) {
@@ -701,8 +702,11 @@ impl World {
             return;
         };
         drop(machine);
-        if let Request::Cut(_) = request {
-            self.guest.borrow_mut().note_cut();
+        match request {
+            Request::Cut(_) => self.guest.borrow_mut().note_cut(),
+            // What was sealed and is lost counts no more, whether the answer comes or not.
+            Request::Revert => self.answered[1] = self.answered[2],
+            _ => {}
         }
         let answer = self.call(Work::Other, &format!("{request:?}"), |machine| {
             ask(machine, request)
@@ -726,15 +730,14 @@ impl World {
         if let Some(epoch) = answer {
             let status = machine.status();
             let [open, sealed, committed] = &mut self.answered;
-            *open = (*open).max(status.open);
             match request {
+                // A cut that gave up has opened an epoch too, which nobody was told of.
+                Request::Cut(_) | Request::CutForScan(_) => *open = (*open).max(status.open),
                 Request::Seal(_) => *sealed = epoch.max(*sealed),
                 Request::Commit(_) => {
                     *committed = epoch.max(*committed);
                     *sealed = epoch.max(*sealed);
                 }
-                // What was sealed and is lost counts no more.
-                Request::Revert => *sealed = *committed,
                 _ => {}
             }
         }

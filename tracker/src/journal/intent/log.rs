@@ -17,7 +17,7 @@ use std::path::Path;
 
 use super::page::{CONTEXT_MAX, NO_REGION, Transaction, UPDATES_MAX, Update, rotation_of};
 use super::regions::{Era, Regions};
-use crate::failpoint::{self, Canary, Place, reached};
+use crate::failpoint::{self, Place, reached};
 use crate::journal::format::{PAGE_BYTES, Superblock};
 use crate::journal::mapping::PageBuffer;
 
@@ -375,9 +375,6 @@ impl IntentLog {
     fn write_updates(&mut self, regions: &Regions, updates: &mut Vec<Placed>) -> io::Result<()> {
         if updates.is_empty() {
             return Ok(());
-        }
-        if failpoint::canary(Canary::ArmBeforeTransaction) {
-            updates.iter().for_each(|placed| regions.arm(placed.region));
         }
         self.commit(updates)?;
         for placed in updates.drain(..) {

@@ -52,8 +52,9 @@ pub struct Regions {
     durable: AtomicU64,
     /// The last era in which a region was marked.
     touched: AtomicU64,
-    /// The last era in which a write was marked of which not all regions were armed.
-    waited: AtomicU64,
+    /// The last era in which something was kept that no armed region covers: a write that has to wait, or an
+    /// alarm.
+    uncovered: AtomicU64,
     /// Regions cannot be armed at present, and writes go on without.
     unguarded: AtomicBool,
 }
@@ -96,7 +97,7 @@ impl Regions {
             era: 1.into(),
             durable: 0.into(),
             touched: 0.into(),
-            waited: 0.into(),
+            uncovered: 0.into(),
             unguarded: false.into(),
         })
     }
@@ -125,8 +126,7 @@ impl Regions {
             ahead: None,
         };
         if is_long(extent) {
-            self.touch(era);
-            self.waited.fetch_max(era, Ordering::AcqRel);
+            self.touch_uncovered(era);
             marked.armed = self.unguarded.load(Ordering::Acquire);
             return marked;
         }
@@ -134,8 +134,7 @@ impl Regions {
             marked.armed &= self.mark_one(region, era, &mut marked.ahead);
         }
         if !marked.armed {
-            self.touch(era);
-            self.waited.fetch_max(era, Ordering::AcqRel);
+            self.touch_uncovered(era);
             marked.armed = self.unguarded.load(Ordering::Acquire);
         }
         marked
@@ -162,6 +161,17 @@ impl Regions {
                 Err(now) => present = now,
             }
         }
+    }
+
+    fn touch_uncovered(&self, era: u64) {
+        self.touch(era);
+        self.uncovered.fetch_max(era, Ordering::AcqRel);
+    }
+
+    /// Something was kept a moment ago that no region tells of.
+    pub fn note_uncovered(&self) {
+        fence(Ordering::SeqCst);
+        self.touch_uncovered(self.era.load(Ordering::SeqCst));
     }
 
     fn touch(&self, era: u64) {
@@ -273,9 +283,9 @@ impl Regions {
         self.word(region.into()) > self.durable().0
     }
 
-    /// Whether a write waited, or may wait, whose record is not durable. No armed region tells of it.
-    pub fn has_waiting(&self) -> bool {
-        self.waited.load(Ordering::Acquire) > self.durable().0
+    /// Whether something that is not durable lies in no armed region, so that no region tells of it.
+    pub fn has_uncovered(&self) -> bool {
+        self.uncovered.load(Ordering::Acquire) > self.durable().0
     }
 
     /// Regions of the disk.
