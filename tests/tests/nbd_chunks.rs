@@ -418,6 +418,8 @@ fn changes_follow_a_model() {
     // A small ring is walked soon and folds into the checkpoint; one that could fill up would make
     // every block count.
     site.tracker_arguments = vec!["--ring-size".into(), "64KiB".into()];
+    // Much of the disk changes, which must not lead to a scan and a point of its own.
+    site.settings = "resync_share_percent = 100".to_owned();
     let _tracker = site.start_tracker();
     let mut random = Random::from_environment("changes_follow_a_model");
     site.protect();

@@ -10,7 +10,8 @@
 //!    tells the present table; it is synced. Then workers record in both.
 //! 2. The alarm, the overflow bits and the records of the old ring are copied.
 //! 3. Regions that were marked since the last good sync are suspect: their records may be lost. Each
-//!    counts as changed in the open and in the closed epoch, and in one that a cut is about to open; fingerprints tell what really did.
+//!    counts as changed in the open and in the closed epoch, and in one that a cut is about to open;
+//!    fingerprints tell what really did.
 //! 4. The file is synced.
 //! 5. The rename, and a sync of the folder. The old superblocks are marked, so that readers open the new
 //!    file.
@@ -55,7 +56,11 @@ impl Journal {
         let unused = self.others.iter().position(|other| other.get().is_none());
         let slot = unused.ok_or_else(|| failed(io::ErrorKind::QuotaExceeded.into()))?;
         let ended = self.regions.end_era();
-        let (new, log) = self.prepare(published, &intents).map_err(failed)?;
+        let (new, log) = self.prepare(published, &intents).map_err(|error| {
+            // It would take room that somebody needs.
+            let _not_there = std::fs::remove_file(self.temporary());
+            failed(error)
+        })?;
         let superblock = new.1;
         let core = self.others[slot].get_or_init(|| new.0);
         let begun = self.current.load(Ordering::Acquire);

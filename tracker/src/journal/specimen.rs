@@ -10,7 +10,9 @@ use std::sync::OnceLock;
 
 use zerocopy::IntoBytes;
 
-use super::format::{EPOCH_MAX, INTENT_OFFSET, Operation, PAGE_BYTES, Superblock, Time};
+use super::format::{
+    EPOCH_MAX, INTENT_OFFSET, OLD_INTENT_PAGES, Operation, PAGE_BYTES, Superblock, Time,
+};
 use super::intent::extent_of;
 use super::reader::JournalReader;
 use super::state::EpochState;
@@ -360,15 +362,17 @@ pub fn put_superblock(bytes: &mut [u8], copy: usize, mut superblock: Superblock)
 /// Makes it a journal of the second version, which has neither an intent log nor overflow bits.
 pub fn of_second_version(specimen: &Specimen) -> Specimen {
     let Specimen { mut bytes, model } = specimen.clone();
-    let layout = superblock(&bytes, 0);
-    let (overflow, removed) = (layout.overflow_offset.get(), layout.overflow_bytes.get());
-    bytes.drain(overflow as usize..(overflow + removed) as usize);
-    bytes[INTENT_OFFSET as usize..overflow as usize].fill(0);
+    let ring = superblock(&bytes, 0).ring_offset.get() as usize;
+    let intents = OLD_INTENT_PAGES * PAGE_BYTES as u64;
+    let zeroes = vec![0; intents as usize];
+    bytes.splice(INTENT_OFFSET as usize..ring, zeroes);
     for copy in 0..2 {
         let mut superblock = superblock(&bytes, copy);
+        let behind = superblock.checkpoint_offset.get() - superblock.ring_offset.get();
         superblock.version = 2.into();
-        superblock.ring_offset = overflow.into();
-        superblock.checkpoint_offset = (superblock.checkpoint_offset.get() - removed).into();
+        superblock.intent_bytes = intents.into();
+        superblock.ring_offset = (INTENT_OFFSET + intents).into();
+        superblock.checkpoint_offset = (INTENT_OFFSET + intents + behind).into();
         superblock.overflow_offset = 0.into();
         superblock.overflow_bytes = 0.into();
         superblock.overflow_unit_bytes = 0.into();

@@ -145,6 +145,7 @@ impl Journal {
         let Err(error) = result else { return Ok(()) };
         let path = self.path().display();
         tracing::error!("Cannot sync journal {path}: {error}; another file takes its place");
+        self.sync_failed.store(true, Ordering::Release);
         match self.replace(published) {
             Ok(()) => Ok(()),
             Err(replacing) => {
@@ -191,6 +192,11 @@ impl Journal {
     }
 
     pub(super) fn publish(&self, published: &mut Published, superblock: Superblock) {
+        if self.has_failed() {
+            // What was published last never became durable. It is rewritten, and the other copy, which is
+            // the last one that did, stays as it is.
+            published.copy = 1 - published.copy;
+        }
         publish(self.core(), published, superblock);
     }
 

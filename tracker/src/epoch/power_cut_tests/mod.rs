@@ -168,6 +168,10 @@ fn a_machine_that_loses_its_power_forgets_nothing() {
 }
 
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "minutes in a debug build; scripts/test runs it in a release build"
+)]
 fn every_rule_of_the_power_cut_shows_when_it_is_broken() {
     let mut hidden = Vec::new();
     for broken in BREAKS {
