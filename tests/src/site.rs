@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -15,6 +16,8 @@ use crate::seed::Random;
 
 /// Compare and check this many bytes at a time.
 const CHUNK_BYTES: usize = 1 << 20;
+/// Time that a program has for what takes it a moment.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One machine with its files.
 pub struct Site {
@@ -267,6 +270,28 @@ impl Site {
             .to_owned()
     }
 
+    /// The same where a cut may be refused while the shipper finds its tracker again; it must succeed soon.
+    ///
+    /// # Panics
+    ///
+    /// None succeeds in a minute.
+    #[track_caller]
+    pub fn cut_soon(&self, what: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let outcome = self.shipper(&["cut"]);
+            if outcome.status.success() {
+                let point = outcome.out.split_whitespace().find(|word| word.len() == 16);
+                return point.expect("a recovery point").to_owned();
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{what}: no cut succeeds: {}",
+                outcome.err
+            );
+        }
+    }
+
     /// `shipper points`: their numbers, in the order printed.
     #[track_caller]
     pub fn points(&self) -> Vec<String> {
@@ -450,4 +475,49 @@ pub fn assert_same(left: &Path, right: &Path) {
             );
         }
     });
+}
+
+/// `shipper status --json`; `None` while it does not answer.
+///
+/// # Panics
+///
+/// What it prints is no JSON.
+#[track_caller]
+pub fn status(site: &Site) -> Option<Value> {
+    let outcome = site.shipper(&["status", "--json"]);
+    let success = outcome.status.success();
+    success.then(|| serde_json::from_str(&outcome.out).expect("the status is JSON"))
+}
+
+/// Asks again and again until the status fits.
+///
+/// # Panics
+///
+/// It does not in a minute.
+#[track_caller]
+pub fn await_status(site: &Site, what: &str, fits: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = status(site);
+        if let Some(found) = found.as_ref().filter(|found| fits(found)) {
+            return found.clone();
+        }
+        assert!(
+            Instant::now() < deadline,
+            "no status with {what}: {found:#?}"
+        );
+    }
+}
+
+/// The number at a place in a status.
+///
+/// # Panics
+///
+/// There is none.
+#[track_caller]
+pub fn number(status: &Value, pointer: &str) -> u64 {
+    status
+        .pointer(pointer)
+        .and_then(Value::as_u64)
+        .unwrap_or_else(|| panic!("no {pointer}: {status:#?}"))
 }

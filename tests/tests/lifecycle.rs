@@ -6,44 +6,13 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use tests::nbd::Client;
 use tests::process::{Daemon, program, run};
 use tests::seed::Random;
-use tests::site::{Site, files_below};
+use tests::site::{Site, await_status, files_below, number, status};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// `shipper status --json`; `None` while it does not answer.
-fn status(site: &Site) -> Option<Value> {
-    let outcome = site.shipper(&["status", "--json"]);
-    let success = outcome.status.success();
-    success.then(|| serde_json::from_str(&outcome.out).expect("the status is JSON"))
-}
-
-/// Asks again and again until the status fits.
-#[track_caller]
-fn await_status(site: &Site, what: &str, fits: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let found = status(site);
-        if let Some(found) = found.as_ref().filter(|found| fits(found)) {
-            return found.clone();
-        }
-        assert!(
-            Instant::now() < deadline,
-            "no status with {what}: {found:#?}"
-        );
-    }
-}
-
-fn number(status: &Value, pointer: &str) -> u64 {
-    status
-        .pointer(pointer)
-        .and_then(Value::as_u64)
-        .unwrap_or_else(|| panic!("no {pointer}: {status:#?}"))
-}
 
 fn fill(client: &mut Client, random: &mut Random, bytes: u64) {
     for offset in (0..bytes).step_by(MIB as usize) {

@@ -216,7 +216,7 @@ impl<'a> World<'a> {
 
     fn round(&mut self, round: u64) -> String {
         let point = match self.random.below(4) {
-            0 => Some(self.cut(round)),
+            0 => Some(self.site.cut_soon(&format!("round {round}"))),
             _ => None,
         };
         let load = Load::start(self);
@@ -415,7 +415,7 @@ impl<'a> World<'a> {
     }
 
     fn check_recovery(&mut self, round: u64) {
-        let point = self.cut(round);
+        let point = self.site.cut_soon(&format!("round {round}"));
         for disk in &self.disks {
             let restored = self.site.restore(&point, disk.name, "restored");
             assert_same_sparse(&self.site.image(disk.name), &restored);
@@ -427,23 +427,6 @@ impl<'a> World<'a> {
                 copy(&self.site.image(disk.name), &self.kept_copy(disk.name));
             }
             self.kept = Some(point);
-        }
-    }
-
-    /// A cut may be refused while the shipper finds its tracker again; it must succeed soon.
-    fn cut(&self, round: u64) -> String {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let outcome = self.site.shipper(&["cut"]);
-            if outcome.status.success() {
-                let point = outcome.out.split_whitespace().find(|word| word.len() == 16);
-                return point.expect("a recovery point").to_owned();
-            }
-            assert!(
-                Instant::now() < deadline,
-                "round {round}: no cut succeeds: {}",
-                outcome.err
-            );
         }
     }
 

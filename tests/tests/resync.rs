@@ -5,48 +5,16 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::nbd::Client;
 use tests::process::Daemon;
 use tests::seed::Random;
-use tests::site::{Site, assert_same};
+use tests::site::{Site, assert_same, await_status, number, status};
 
 const MIB: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(60);
 /// The least that a spool can be given: what a scan gets done while nothing can be uploaded.
 const BUDGET: u64 = 64 * MIB;
-
-/// `shipper status --json`; `None` while it does not answer.
-fn status(site: &Site) -> Option<Value> {
-    let outcome = site.shipper(&["status", "--json"]);
-    let success = outcome.status.success();
-    success.then(|| serde_json::from_str(&outcome.out).expect("the status is JSON"))
-}
-
-/// Asks again and again until the status fits.
-#[track_caller]
-fn await_status(site: &Site, what: &str, fits: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let found = status(site);
-        if let Some(found) = found.as_ref().filter(|found| fits(found)) {
-            return found.clone();
-        }
-        assert!(
-            Instant::now() < deadline,
-            "no status with {what}: {found:#?}"
-        );
-    }
-}
-
-fn number(status: &Value, pointer: &str) -> u64 {
-    status
-        .pointer(pointer)
-        .and_then(Value::as_u64)
-        .unwrap_or_else(|| panic!("no {pointer}: {status:#?}"))
-}
 
 /// What the status says of the scan of the first disk.
 fn resync(status: &Value) -> &Value {
