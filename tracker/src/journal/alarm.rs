@@ -30,6 +30,29 @@ pub(super) fn doubt_of(head: &SharedWords) -> Option<&AtomicU64> {
     head.words().get(ALARM_OFFSET as usize / 8 + DOUBT_WORD)
 }
 
+/// Whether a sync of the journal has failed.
+pub(super) fn is_doubtful(head: &SharedWords) -> bool {
+    doubt_of(head).is_some_and(|word| word.load(Ordering::Acquire) != 0)
+}
+
+/// Stores the epoch in a word unless a later one is there. `false` if the word is damaged, which stays, so
+/// that nobody takes the journal for whole.
+pub(super) fn lift(word: &AtomicU64, epoch: Epoch) -> bool {
+    let mut present = word.load(Ordering::Acquire);
+    loop {
+        match decode_alarm(present) {
+            Err(_damaged) => return false,
+            Ok(Some(set)) if set >= epoch => return true,
+            Ok(_) => {}
+        }
+        let new = encode_alarm(epoch);
+        match word.compare_exchange(present, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return true,
+            Err(now) => present = now,
+        }
+    }
+}
+
 /// The word of the latest alarm.
 const LATEST: usize = 2;
 const _: () = assert!(LATEST + 1 == ALARM_WORDS);
@@ -85,23 +108,9 @@ impl<'a> Alarm<'a> {
         self.lift((epoch.0 & 1) as usize, epoch);
     }
 
-    /// Stores the epoch in a word unless a later one is there.
     fn lift(self, index: usize, epoch: Epoch) {
-        let Some(word) = self.words.get(index) else {
-            return;
-        };
-        let mut present = word.load(Ordering::Acquire);
-        // A damaged word stays: nobody takes the journal for whole while it is there.
-        while decode_alarm(present).is_ok_and(|set| set < Some(epoch)) {
-            match word.compare_exchange(
-                present,
-                encode_alarm(epoch),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            ) {
-                Ok(_) => return,
-                Err(now) => present = now,
-            }
+        if let Some(word) = self.words.get(index) {
+            lift(word, epoch);
         }
     }
 

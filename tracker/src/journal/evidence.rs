@@ -1,9 +1,8 @@
 //! What the parts of a journal say, each for itself: ring, alarm, overflow bits, intent log, times.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
-use super::alarm::{Alarm, doubt_of};
+use super::alarm::{Alarm, is_doubtful};
 use super::format::{
     FLAG_CLEAN, FLAG_DISK_FAILED, FLAG_REPLACED, INTENT_OFFSET, RECORD_BYTES, Record, Slot,
     Superblock, Version,
@@ -148,8 +147,7 @@ impl Evidence {
             intents,
             suspicion,
             // A power cut may bring back a file in whose place there was another.
-            doubt: superblock.flags.get() & FLAG_REPLACED != 0
-                || doubt_of(words).is_some_and(|word| word.load(Ordering::Acquire) != 0),
+            doubt: superblock.flags.get() & FLAG_REPLACED != 0 || is_doubtful(words),
         }
     }
 

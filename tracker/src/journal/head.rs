@@ -4,9 +4,8 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
-use super::alarm::doubt_of;
+use super::alarm::is_doubtful;
 use super::format::{INTENT_OFFSET, PAGE_BYTES, Superblock, SuperblockFault, VERSION};
 use super::mapping::SharedWords;
 use super::writer::distrusted;
@@ -96,11 +95,6 @@ pub(super) fn read_superblock(
             "no superblock is whole",
         )),
     }
-}
-
-/// Whether a sync failed, of which the kernel may have written one half and dropped the other.
-fn is_doubtful(words: &SharedWords) -> bool {
-    doubt_of(words).is_some_and(|word| word.load(Ordering::Acquire) != 0)
 }
 
 /// The mapped head of a journal.

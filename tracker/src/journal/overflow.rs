@@ -17,6 +17,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::alarm::lift;
 use super::format::{DISK_BLOCKS_MAX, EPOCH_MAX, Superblock, Version, decode_alarm, encode_alarm};
 use super::mapping::SharedWords;
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
@@ -212,24 +213,6 @@ impl<'a> Overflow<'a> {
         let mut count = 0;
         self.each_extent(committed, Epoch(u64::MAX), |_| count += 1);
         count
-    }
-}
-
-/// Stores the epoch in a word unless a later one is there. `false` if the word is damaged, which stays, so
-/// that nobody takes the journal for whole.
-fn lift(word: &AtomicU64, epoch: Epoch) -> bool {
-    let mut present = word.load(Ordering::Acquire);
-    loop {
-        match decode_alarm(present) {
-            Err(_damaged) => return false,
-            Ok(Some(set)) if set >= epoch => return true,
-            Ok(_) => {}
-        }
-        let new = encode_alarm(epoch);
-        match word.compare_exchange(present, new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => return true,
-            Err(now) => present = now,
-        }
     }
 }
 

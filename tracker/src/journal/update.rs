@@ -23,7 +23,7 @@ use super::format::{
 };
 use super::state::EpochState;
 use super::writer::{Journal, Published};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::extent::Epoch;
 use crate::failpoint::{self, Canary, Place, canary, reached};
 
@@ -205,20 +205,12 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// This sync or an earlier one failed; the journal then stays unclean.
+    /// This sync or an earlier one failed, and no other file can take the place of this one; the journal then
+    /// stays unclean.
     pub fn close(&self) -> Result<()> {
         let mut published = self.lock();
         self.sync_length(&mut published)?;
         self.sync_published(&mut published)?;
-        if self.sync_failed.load(Ordering::Acquire) {
-            return Err(Error::new(
-                ErrorKind::State,
-                format!(
-                    "Journal {} is not marked clean, because a sync of it has failed",
-                    self.path().display()
-                ),
-            ));
-        }
         let mut superblock = published.superblock;
         superblock.flags = (superblock.flags.get() & FLAG_DISK_FAILED | FLAG_CLEAN).into();
         reached(Place::CloseAfterSyncBeforePublish);
