@@ -31,6 +31,8 @@ package_of() {
         losetup | mount) echo mount ;;
         fusermount3) echo fuse3 ;;
         modprobe | depmod) echo kmod ;;
+        # The server's own programs are in no PATH; this one comes with them.
+        pg_ctlcluster) echo postgresql ;;
         cc) echo "gcc libc6-dev" ;;
         *) echo "$1" ;;
     esac

@@ -45,7 +45,14 @@ pub enum Command {
         json: bool,
     },
     /// Ask the running shipper for a recovery point now, and print its number when it is in the vault
-    Cut(ConfigArgument),
+    Cut {
+        #[command(flatten)]
+        config: ConfigArgument,
+        /// Bring to rest what [quiesce] in the configuration names, for a point that is consistent for
+        /// applications; status 1 if it is only crash-consistent
+        #[arg(long)]
+        quiesce: bool,
+    },
     /// Ask the running shipper to compare every block of a disk with the vault, and to upload what differs
     Resync {
         #[command(flatten)]
@@ -86,6 +93,16 @@ pub enum Command {
         /// Read and check every byte, not the structure alone
         #[arg(long)]
         data: bool,
+    },
+    /// Freeze, hold and thaw; `run` starts it
+    #[command(hide = true)]
+    QuiesceGuard,
+    /// Become a command of a hook; the guard starts it
+    #[command(hide = true)]
+    QuiesceExec {
+        /// The command and its arguments
+        #[arg(last = true, required = true)]
+        words: Vec<String>,
     },
 }
 

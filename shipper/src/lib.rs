@@ -2,11 +2,13 @@
 //!
 //! From the disk outwards: `capture` reads and compresses, `segment` is what blocks become, `spool`
 //! keeps sealed epochs, `upload` moves them into the `vault`, which stands in a `store`. `lifecycle`
-//! steers all of it; `recovery` makes disks of recovery points again.
+//! steers all of it, `quiesce` brings to rest what writes; `recovery` makes disks of recovery points again.
 
 pub mod error;
 
 pub mod lifecycle;
+
+pub mod quiesce;
 
 pub mod capture;
 

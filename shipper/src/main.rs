@@ -21,6 +21,7 @@ use shipper::recovery::restore::{RestoreOptions, restore};
 use shipper::recovery::verify::{VerifyOptions, verify};
 use shipper::upload::retry::Stop;
 use shipper::vault::Vault;
+use shipper::vault::manifest::Consistency;
 
 use cli::{Cli, Command, parse_point};
 
@@ -64,7 +65,7 @@ fn carry_out(command: Command) -> Result<()> {
                 show::status(&status)
             })
         }
-        Command::Cut(config) => print(&format!("{}\n", ask_cut(&config.load()?.state)?)),
+        Command::Cut { config, quiesce } => cut(&config.load()?, quiesce),
         Command::Resync {
             config,
             disk,
@@ -88,6 +89,8 @@ fn carry_out(command: Command) -> Result<()> {
             let (vault, machine) = place.open()?;
             verify_vault(&vault, machine, data)
         }
+        Command::QuiesceGuard => shipper::quiesce::guard::run(),
+        Command::QuiesceExec { words } => shipper::quiesce::become_command(&words),
     }
 }
 
@@ -132,6 +135,25 @@ fn run_until_signal(config: Config, once: bool) -> Result<()> {
     match run(config, RunOptions { once }, &stop, ready)? {
         Some(epoch) => print(&format!("{epoch}\n")),
         None => Ok(()),
+    }
+}
+
+fn cut(config: &Config, quiesce: bool) -> Result<()> {
+    let made = ask_cut(&config.state, quiesce)?;
+    if !quiesce {
+        return print(&format!("{}\n", made.epoch));
+    }
+    print(&format!("{} {}\n", made.epoch, made.consistency))?;
+    match made.consistency {
+        Consistency::Application => Ok(()),
+        Consistency::Crash => Err(Error::new(
+            ErrorKind::State,
+            format!(
+                "Recovery point {} is only crash-consistent: {}",
+                made.epoch,
+                made.reason.unwrap_or_default()
+            ),
+        )),
     }
 }
 

@@ -10,7 +10,7 @@ use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::Protection;
 use shipper::lifecycle::resync::ResyncAnswer;
 use shipper::status::{DiskStatus, Health, Phase, ResyncStage, Status};
-use shipper::vault::manifest::Manifest;
+use shipper::vault::manifest::{Consistency, Manifest};
 use tracker::extent::Epoch;
 
 /// A value as indented JSON.
@@ -80,6 +80,13 @@ pub fn status(status: &Status) -> String {
         status.uploaded_segments,
         mebibytes(status.uploaded_bytes),
     );
+    if let Some(point) = &status.application_point {
+        text.push_str(&format!(
+            "newest application-consistent recovery point: {}, of {}\n",
+            point.epoch,
+            shown_time(point.created)
+        ));
+    }
     for (part, problem) in &status.problems {
         text.push_str(&format!("trouble with the {part:?}: {problem}\n"));
     }
@@ -158,6 +165,10 @@ pub struct Point {
     created: jiff::Timestamp,
     /// Generation of the shipper that made it.
     generation: u64,
+    /// For whom it is consistent.
+    consistency: Consistency,
+    /// Why it is not consistent for applications, if that was tried.
+    reason: Option<String>,
     /// The disks.
     disks: Vec<PointDisk>,
 }
@@ -199,9 +210,15 @@ impl Point {
             },
             created: manifest.created,
             generation: manifest.generation,
+            consistency: manifest.consistency,
+            reason: manifest.reason.clone(),
             disks: manifest.disks.iter().map(disk).collect(),
         }
     }
+}
+
+fn shown_time(time: jiff::Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 /// What `points` says.
@@ -210,11 +227,16 @@ pub fn points(points: &[Point]) -> String {
     for point in points {
         let dirty: u64 = point.disks.iter().map(|disk| disk.dirty_blocks).sum();
         let stored: u64 = point.disks.iter().map(|disk| disk.stored_bytes).sum();
-        let created = point.created.strftime("%Y-%m-%dT%H:%M:%SZ");
+        let created = shown_time(point.created);
+        let consistency = match (&point.reason, point.consistency) {
+            (Some(reason), _) => format!("  crash-consistent: {reason}"),
+            (None, Consistency::Application) => "  application-consistent".to_owned(),
+            (None, Consistency::Crash) => String::new(),
+        };
         // Writing into a string cannot fail.
         let _written = writeln!(
             text,
-            "{}  {created}  {dirty:>10} blocks changed  {:>12} stored  {} disks",
+            "{}  {created}  {dirty:>10} blocks changed  {:>12} stored  {} disks{consistency}",
             point.epoch,
             mebibytes(stored),
             point.disks.len()

@@ -25,6 +25,8 @@ pub enum Part {
     Spool,
     /// The vault cannot be reached or is full.
     Vault,
+    /// What was to be at rest for a cut was not, or does not thaw.
+    Quiesce,
 }
 
 /// What the shipper is doing.
@@ -74,6 +76,9 @@ pub struct Status {
     pub problems: BTreeMap<Part, String>,
     /// The newest recovery point in the vault that this process knows.
     pub newest_point: Option<Epoch>,
+    /// The newest of them that is consistent for applications, and that this process knows.
+    #[serde(default)]
+    pub application_point: Option<ApplicationPoint>,
     /// Recovery points made since it was started.
     pub points: u64,
     /// Recovery points given up since it was started; their changes are in the next one.
@@ -92,6 +97,15 @@ pub struct Status {
     pub uploaded_bytes: u64,
     /// The disks.
     pub disks: Vec<DiskStatus>,
+}
+
+/// A recovery point that is consistent for applications.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApplicationPoint {
+    /// Its number.
+    pub epoch: Epoch,
+    /// When it was cut.
+    pub created: jiff::Timestamp,
 }
 
 /// One disk.

@@ -8,6 +8,7 @@ pub mod chunks;
 pub mod loop_device;
 pub mod model;
 pub mod nbd;
+pub mod order;
 pub mod power;
 pub mod process;
 pub mod seed;

@@ -178,6 +178,13 @@ pub struct ServeArguments {
     /// Folder for journals of block devices; that of a file lies beside it
     #[arg(long, value_name = "DIR", default_value = "/var/lib/tidemark")]
     journal_dir: PathBuf,
+    /// Folder for the blocks that are kept while a recovery point is captured [default: beside the journals]
+    #[arg(long, value_name = "DIR")]
+    preserve_dir: Option<PathBuf>,
+    /// How much of each disk is kept at most while a recovery point is captured: where guests overwrite more,
+    /// the recovery point is given up
+    #[arg(long, value_name = "SIZE", default_value = "8GiB", value_parser = parse_size)]
+    preserve_budget: u64,
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
@@ -296,6 +303,8 @@ impl ServeArguments {
             ring_bytes: self.ring_size,
             intent_bytes: checked_intent_cap(self.intent_cap)?,
             journal_folder: self.journal_dir,
+            preserve_folder: self.preserve_dir,
+            preserve_budget_bytes: self.preserve_budget,
             read_only: self.read_only,
             direct: self.direct,
             tracking: !self.no_journal && !self.read_only,

@@ -74,6 +74,19 @@ impl Extent {
     pub fn length_bytes(self) -> u64 {
         self.block_count * BLOCK_SIZE
     }
+
+    /// The words of a bitmap of blocks that the extent touches, each with the bits that it has there.
+    pub fn words(self) -> impl Iterator<Item = (u64, u64)> {
+        let (mut block, end) = (self.first_block, self.end_block());
+        std::iter::from_fn(move || {
+            let first = block % 64;
+            let count = (64 - first).min(end.checked_sub(block).filter(|&left| left > 0)?);
+            let mask = (u64::MAX >> (64 - count)) << first;
+            let index = block / 64;
+            block += count;
+            Some((index, mask))
+        })
+    }
 }
 
 /// Blocks needed to cover a disk of `size_bytes`; the last one may be short.

@@ -62,7 +62,10 @@ pub enum Place {
     GrowAfterPublishBeforeSync,
     CloseAfterSyncBeforePublish,
     CutAfterGatherBeforeAdvance,
+    CutAfterSettleBeforeMaps,
     CutAfterAdvanceBeforeUpdate,
+    CopyAfterReadBeforeWrite,
+    CopyAfterWriteBeforeMark,
     MachineAfterDiskBeforeNext,
     ResizeAfterFileBeforeJournal,
     ResizeAfterJournalBeforeSize,
@@ -73,7 +76,7 @@ pub enum Place {
 impl Place {
     /// All of them.
     #[cfg(any(test, feature = "failpoints"))]
-    pub const ALL: [Self; 55] = [
+    pub const ALL: [Self; 58] = [
         Self::RecordAfterClaimBeforeFill,
         Self::FillAfterMarkBeforeWords,
         Self::FillAfterWordsBeforeSequence,
@@ -123,7 +126,10 @@ impl Place {
         Self::GrowAfterPublishBeforeSync,
         Self::CloseAfterSyncBeforePublish,
         Self::CutAfterGatherBeforeAdvance,
+        Self::CutAfterSettleBeforeMaps,
         Self::CutAfterAdvanceBeforeUpdate,
+        Self::CopyAfterReadBeforeWrite,
+        Self::CopyAfterWriteBeforeMark,
         Self::MachineAfterDiskBeforeNext,
         Self::ResizeAfterFileBeforeJournal,
         Self::ResizeAfterJournalBeforeSize,

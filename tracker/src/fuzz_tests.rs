@@ -749,7 +749,10 @@ fn valid_control(numbers: &[u64]) -> Vec<u8> {
     let requests = [
         ControlRequest::Status {},
         ControlRequest::Epochs {},
-        ControlRequest::Cut { minimum: epoch },
+        ControlRequest::Cut {
+            minimum: epoch,
+            keep: crate::epoch::Keep::All,
+        },
         ControlRequest::CaptureBegin { epoch },
         ControlRequest::CaptureEnd {
             epoch,

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use nix::sys::prctl::set_name;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::control::server::{self, Context};
 use crate::disk::{Disk, DiskKind};
@@ -29,6 +30,7 @@ use crate::nbd::handshake::{Export, Negotiated, negotiate};
 use crate::nbd::listener::{Listener, Plaintext, Stream};
 use crate::nbd::tls::relay::{Relay, Relays};
 use crate::nbd::tls::{Encryption, Tls, TlsFiles};
+use crate::preserve::area::BlockSource;
 use crate::systemd::{self, Activated};
 
 /// Connections at once, those that still negotiate included.
@@ -81,6 +83,10 @@ pub struct ServeOptions {
     pub intent_bytes: u64,
     /// Folder for the journals of devices.
     pub journal_folder: PathBuf,
+    /// Folder for preserve files; beside the journals without it.
+    pub preserve_folder: Option<PathBuf>,
+    /// Bytes of blocks that are kept of each disk while an epoch is captured, at most.
+    pub preserve_budget_bytes: u64,
     /// Refuse writes.
     pub read_only: bool,
     /// Leave the page cache out.
@@ -128,7 +134,11 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
 
     let (control, listeners) = open_sockets(options, activated)?;
     let description = describe(options, &control, &listeners);
-    let mut keepers = Keepers::start(&machine)?;
+    let sources: Vec<Arc<dyn BlockSource>> = disks
+        .iter()
+        .map(|disk| Arc::clone(disk) as Arc<dyn BlockSource>)
+        .collect();
+    let mut keepers = Keepers::start(&machine, &sources)?;
     let upkeep = start_upkeep(&machine, &house.engine, &disks)?;
     let control = start_control(control, &machine, &house.engine, disks.clone())?;
     let mut doors = Vec::new();
@@ -223,6 +233,7 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
             size_bytes: disk.size_bytes(),
             identity: disk.identity(),
             seen: disk.moment()?,
+            preserve: Some(absolute(&preserve_path(options, disk))),
         })
     };
     let (machine, reports) = Machine::open(
@@ -233,6 +244,7 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
             intent_regions: (options.intent_bytes / u64::from(REGION_BYTES)) as u32,
             rebuild: options.rebuild,
             tracking: options.tracking,
+            preserve_budget_bytes: options.preserve_budget_bytes,
         },
     )?;
     for report in reports {
@@ -258,6 +270,17 @@ fn journal_path(options: &ServeOptions, disk: &Disk) -> PathBuf {
         }
         DiskKind::Device => options.journal_folder.join(format!("{}.hrl", disk.name())),
     }
+}
+
+/// The preserve file lies beside the journal, or in the folder for such; there its name tells machines apart that have
+/// disks of one name.
+fn preserve_path(options: &ServeOptions, disk: &Disk) -> PathBuf {
+    let journal = journal_path(options, disk);
+    let Some(folder) = &options.preserve_folder else {
+        return journal.with_extension("hrp");
+    };
+    let owner = xxh3_64(absolute(&journal).as_os_str().as_encoded_bytes());
+    folder.join(format!("{}-{owner:016x}.hrp", disk.name()))
 }
 
 fn export_of(disk: &Disk, tracked: bool) -> Export {

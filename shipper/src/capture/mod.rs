@@ -5,14 +5,18 @@
 //! compress; the caller gets the frames in the order of the disk. All of it is bounded by the number
 //! of buffers.
 //!
-//! What it does not handle: blocks that change while they are read. The change belongs to a later
-//! epoch, which holds the block again.
+//! Blocks of a closed epoch that guests overwrite meanwhile are taken from its preserve file; see
+//! `tracker::preserve`. A scan has none: what changes while it reads is captured again with a later epoch.
 
 pub mod plan;
 
 mod uring;
 
 mod threads;
+
+pub mod frozen;
+
+pub mod throttle;
 
 pub mod source;
 

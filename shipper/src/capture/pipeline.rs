@@ -13,9 +13,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use tracker::extent::{BLOCK_SIZE, Extent};
+use tracker::preserve::reader::PreserveReader;
 
 use super::plan::Batch;
 use super::source::{Depth, DiskSource};
+use super::throttle::{Pace, Throttle, stand_back};
 use super::uring::{Job, Read, ReadBuffer};
 use crate::error::{Error, Result};
 use crate::keys::{Fingerprint, Keys};
@@ -44,6 +46,10 @@ pub struct Settings<'a> {
     pub table: &'a Table,
     /// Counts the bytes that are read from the disk.
     pub bytes_read: &'a AtomicU64,
+    /// Where blocks are kept that guests overwrite before they are read; `None` in a scan.
+    pub frozen: Option<&'a PreserveReader>,
+    /// How fast the disk may be read.
+    pub throttle: &'a Throttle,
 }
 
 /// A frame on its way to the sink.
@@ -102,6 +108,7 @@ where
         let reader_failed = to_caller.clone();
         let (stopping, work) = (&stopping, from_reader);
         scope.spawn(move || {
+            stand_back();
             let result = Depth::new(source, RING_ENTRIES, &mut buffers).and_then(|depth| {
                 let mut reader = Reader {
                     source,
@@ -110,6 +117,7 @@ where
                     idle: buffers,
                     freed,
                     to_workers,
+                    pace: Pace::new(settings.throttle),
                 };
                 reader.run(batches, stopping)
             });
@@ -142,6 +150,7 @@ struct Reader<'a> {
     idle: Vec<ReadBuffer>,
     freed: Receiver<ReadBuffer>,
     to_workers: Sender<Job<Numbered>>,
+    pace: Pace<'a>,
 }
 
 impl Reader<'_> {
@@ -164,6 +173,7 @@ impl Reader<'_> {
                     }
                     Some(batch) => {
                         let reads = self.reads_of(&batch);
+                        self.pace.read(batch.data_blocks() as u64 * BLOCK_SIZE);
                         let content = Numbered { number, batch };
                         number += 1;
                         let job = Job {
@@ -242,6 +252,7 @@ fn work_until_closed(
     source: &DiskSource,
     settings: &Settings<'_>,
 ) {
+    stand_back();
     let mut worker = match Compressor::new(settings.codec) {
         Ok(compressor) => Worker {
             source,
@@ -278,7 +289,8 @@ impl Worker<'_> {
                 continue;
             }
             let length = piece.extent.length_bytes() as usize;
-            let bytes = &mut job.buffer.bytes_mut()[position..position + length];
+            let range = position..position + length;
+            let bytes = &mut job.buffer.bytes_mut()[range.clone()];
             position += length;
             // What lies behind the end of the disk counts as zero; the buffer has older bytes there.
             let on_disk = self
@@ -288,7 +300,18 @@ impl Worker<'_> {
             if on_disk < length as u64 {
                 bytes[on_disk as usize..].fill(0);
             }
-            self.push_blocks(piece.extent, bytes);
+            let preserved = match self.settings.frozen {
+                Some(frozen) => frozen.settle(piece.extent, bytes)?,
+                None => Vec::new(),
+            };
+            self.push_blocks(piece.extent, &job.buffer.bytes_mut()[range]);
+            for extent in preserved {
+                // The content is in our hands; its copy may go.
+                self.settings
+                    .frozen
+                    .iter()
+                    .for_each(|frozen| frozen.give_back(extent));
+            }
         }
         let frame = self
             .builder

@@ -15,6 +15,7 @@
 //! again with growing pauses. Nothing here can be felt by a guest.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,8 +25,9 @@ use tracker::extent::{Epoch, blocks_of};
 use tracker::journal::reader::JournalReader;
 
 use super::config::{Config, DiskConfig};
-use super::control::{Asked, Door, Reply};
+use super::control::{Asked, Door, Made, Reply};
 use super::progress::ScanState;
+use super::rest::{Resting, Wish};
 use super::resync::{Probe, WATCH_INTERVAL};
 use super::state::{MachineState, StateFolder};
 use crate::capture::source::DiskSource;
@@ -78,6 +80,8 @@ pub(super) struct Disk {
     pub config: DiskConfig,
     pub source: DiskSource,
     pub owner: Owner,
+    /// Where the tracker keeps the blocks of the closed epoch.
+    pub preserve_file: Option<PathBuf>,
 }
 
 /// A tracker that agrees with us.
@@ -109,11 +113,13 @@ pub struct Conductor {
     /// Sealed epochs that are not released, in order, and whether they are published.
     pub(super) unreleased: VecDeque<(Epoch, bool)>,
     pub(super) events: Receiver<Event>,
-    /// Who wants a recovery point that has not been cut, and since when.
-    pub(super) cuts: Vec<(Instant, Reply)>,
+    /// Who wants a recovery point that has not been cut.
+    pub(super) cuts: Vec<Wish>,
     /// Who waits for one that is not published.
-    pub(super) waiting: Vec<(Epoch, Reply)>,
-    due: Instant,
+    pub(super) waiting: Vec<(Made, Reply)>,
+    /// How to bring to rest what writes.
+    pub(super) resting: Resting,
+    pub(super) due: Instant,
     /// When the shares are looked at again.
     watch_due: Instant,
     stopping: bool,
@@ -158,7 +164,7 @@ pub fn run(
         .map_err(|error| Error::io("Cannot start a thread", error))?;
     let (reply, answered) = crossbeam_channel::bounded(1);
     if options.once {
-        conductor.cuts.push((Instant::now(), reply));
+        conductor.cuts.push(Wish::new(false, reply));
     }
     ready(&conductor.config);
     let result = conductor.steer(options.once);
@@ -170,7 +176,7 @@ pub fn run(
         true => answered
             .try_recv()
             .unwrap_or_else(|_| Err(Stop::error()))
-            .map(Some),
+            .map(|made| Some(made.epoch)),
         false => Ok(None),
     }
 }
@@ -211,8 +217,10 @@ impl Conductor {
         let uploader = Uploader::start(context, move |outcome| {
             let _ended = tell.send(Event::Upload(outcome));
         })?;
+        let resting = Resting::start(&config, &board)?;
         let mut conductor = Self {
             due: Instant::now() + config.interval,
+            resting,
             watch_due: Instant::now(),
             config,
             state,
@@ -235,6 +243,7 @@ impl Conductor {
             stopping: false,
         };
         conductor.load()?;
+        conductor.show_base_at_start();
         Ok(conductor)
     }
 
@@ -270,7 +279,7 @@ impl Conductor {
         while let Some(event) = next {
             match event {
                 Event::Stop => self.stopping = true,
-                Event::Asked(Asked::Cut(reply)) => self.cuts.push((Instant::now(), reply)),
+                Event::Asked(Asked::Cut(quiesce, reply)) => self.cut_asked(quiesce, reply),
                 Event::Asked(Asked::Resync(request, reply)) => {
                     let _left = reply.send(self.resync_asked(&request));
                 }
@@ -286,6 +295,7 @@ impl Conductor {
         self.open_tables().at(Part::Spool)?;
         self.connect()?;
         self.release()?;
+        self.thaw_left();
         self.board.note(Part::Tracker, None);
         self.begin_marked()?;
         if self.scan.is_running() {
@@ -293,7 +303,7 @@ impl Conductor {
         }
         let now = Instant::now();
         // What was scanned is a recovery point only with the cut that follows.
-        let is_due = !self.cuts.is_empty() || self.scan.is_complete() || now >= self.due;
+        let is_due = !self.cuts.is_empty() || self.scan.is_complete() || now >= self.next_due();
         if is_due || now >= self.watch_due {
             self.watch_due = now + WATCH_INTERVAL;
             let marked = self.scan.has_marked(false);
@@ -308,12 +318,13 @@ impl Conductor {
         }
         if !is_due {
             self.enter(Phase::Waiting);
-            return Ok((self.due - now).min(WATCH_INTERVAL));
+            return Ok((self.next_due() - now).min(WATCH_INTERVAL));
         }
         if self.is_over_budget()? {
             return Ok(BUDGET_PAUSE);
         }
         self.due = now + self.config.interval;
+        self.take_quiesce_due(now);
         self.make_point()?;
         Ok(Duration::ZERO)
     }
@@ -332,10 +343,12 @@ impl Conductor {
         let (late, still): (Vec<_>, Vec<_>) = self
             .cuts
             .drain(..)
-            .partition(|(since, _)| since.elapsed() >= CUT_PATIENCE);
+            .partition(|wish| wish.since.elapsed() >= CUT_PATIENCE);
         self.cuts = still;
-        for (_, reply) in late {
-            let _left = reply.send(Err(Error::new(error.kind(), error.chain())));
+        for wish in late {
+            let _left = wish
+                .reply
+                .send(Err(Error::new(error.kind(), error.chain())));
         }
         Ok(())
     }
@@ -353,10 +366,11 @@ impl Conductor {
             status.newest_point = Some(epoch);
             status.points += 1;
         });
+        self.show_application_point(epoch);
         let mut still = Vec::new();
         for (wanted, reply) in self.waiting.drain(..) {
-            if wanted <= epoch {
-                let _left = reply.send(Ok(epoch));
+            if wanted.epoch <= epoch {
+                let _left = reply.send(Ok(wanted));
             } else {
                 still.push((wanted, reply));
             }
@@ -429,6 +443,7 @@ fn open_disks(config: &Config, vault: &Vault) -> Result<Vec<Disk>> {
             config: disk.clone(),
             source: DiskSource::open(&disk.path)?,
             owner: vault.owner(&config.machine, &disk.name),
+            preserve_file: None,
         })
     };
     config.disks.iter().map(open).collect()

@@ -7,7 +7,9 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use serde::Deserialize;
 
+use crate::capture::throttle::Throttle;
 use crate::error::{Error, ErrorKind, Result};
+use crate::quiesce::config::{QuiesceConfig, RawQuiesce};
 use crate::segment::codec::Codec;
 use crate::store::VaultUrl;
 use crate::vault::layout::is_valid_name;
@@ -21,6 +23,8 @@ const SPOOL_BUDGET_DEFAULT: u64 = 8 << 30;
 /// Least budget of the spool: a segment and its neighbours.
 const SPOOL_BUDGET_MIN: u64 = 64 << 20;
 const WORKERS_MAX: usize = 256;
+/// Least rate at which a disk may be captured, in bytes a second.
+const CAPTURE_RATE_MIN: u64 = 1 << 20;
 /// Share of a disk that may wait to be shipped unless the configuration says otherwise.
 const RESYNC_SHARE_DEFAULT: u64 = 50;
 
@@ -37,6 +41,9 @@ struct RawConfig {
     spool_budget: Option<String>,
     workers: Option<usize>,
     resync_share_percent: Option<u64>,
+    capture_rate: Option<String>,
+    capture_share_percent: Option<u64>,
+    quiesce: Option<RawQuiesce>,
     #[serde(default, rename = "disk")]
     disks: Vec<RawDisk>,
 }
@@ -68,8 +75,12 @@ pub struct Config {
     pub spool_budget_bytes: u64,
     /// Threads that fingerprint and compress.
     pub workers: usize,
+    /// How much of the machine capture may take.
+    pub throttle: Throttle,
     /// A disk of which more than this share waits to be shipped is resynchronized.
     pub resync_share_percent: u8,
+    /// What is brought to rest for a cut, and how often.
+    pub quiesce: Option<QuiesceConfig>,
     /// The disks.
     pub disks: Vec<DiskConfig>,
 }
@@ -138,14 +149,11 @@ impl Config {
             ));
         }
         let share = raw.resync_share_percent.unwrap_or(RESYNC_SHARE_DEFAULT);
-        let resync_share_percent = u8::try_from(share)
-            .ok()
-            .filter(|share| (1..=100).contains(share))
-            .ok_or_else(|| {
-                format!("resync_share_percent: {share} is not a number from 1 to 100")
-            })?;
+        let resync_share_percent = checked_percent("resync_share_percent", share)?;
+        let throttle = checked_throttle(&raw)?;
         Ok(Self {
             interval: parse_interval(&raw.interval)?,
+            quiesce: raw.quiesce.map(RawQuiesce::checked).transpose()?,
             disks: checked_disks(raw.disks)?,
             machine: raw.machine,
             tracker: raw.tracker,
@@ -155,8 +163,31 @@ impl Config {
             spool_budget_bytes,
             workers,
             resync_share_percent,
+            throttle,
         })
     }
+}
+
+fn checked_percent(key: &str, value: u64) -> std::result::Result<u8, String> {
+    let percent = u8::try_from(value)
+        .ok()
+        .filter(|percent| (1..=100).contains(percent));
+    percent.ok_or_else(|| format!("{key}: {value} is not a number from 1 to 100"))
+}
+
+fn checked_throttle(raw: &RawConfig) -> std::result::Result<Throttle, String> {
+    let bytes_per_second = match &raw.capture_rate {
+        Some(text) => Some(parse_size(text).map_err(|what| format!("capture_rate: {what}"))?),
+        None => None,
+    };
+    if bytes_per_second.is_some_and(|rate| rate < CAPTURE_RATE_MIN) {
+        return Err("capture_rate: at least 1MiB, in a second, are needed".to_owned());
+    }
+    let share = raw.capture_share_percent.unwrap_or(100);
+    Ok(Throttle {
+        bytes_per_second,
+        share_percent: checked_percent("capture_share_percent", share)?,
+    })
 }
 
 const NAME_RULE: &str = "up to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit";
@@ -188,7 +219,12 @@ fn checked_disks(raw: Vec<RawDisk>) -> std::result::Result<Vec<DiskConfig>, Stri
     Ok(checked.collect())
 }
 
-fn parse_interval(text: &str) -> std::result::Result<Duration, String> {
+/// A time between recovery points.
+///
+/// # Errors
+///
+/// It is none, or out of range.
+pub fn parse_interval(text: &str) -> std::result::Result<Duration, String> {
     let invalid = || {
         format!(
             "interval {text:?} is not a time such as \"30s\", \"5m\" or \"1h\", from 10ms to 366 days"
@@ -237,6 +273,7 @@ mod tests {
         assert_eq!(config.spool_budget_bytes, 8 << 30);
         assert!(config.workers >= 1);
         assert_eq!(config.resync_share_percent, 50);
+        assert_eq!(config.quiesce, None);
     }
 
     #[test]
@@ -267,7 +304,16 @@ mod tests {
                 "\"5m\"\nresync_share_percent = -1",
                 "resync_share_percent",
             ),
+            ("\"30s\"", "\"5m\"\ncapture_rate = \"1KiB\"", "capture_rate"),
+            ("\"30s\"", "\"5m\"\ncapture_rate = \"fast\"", "capture_rate"),
+            (
+                "\"30s\"",
+                "\"5m\"\ncapture_share_percent = 0",
+                "capture_share_percent",
+            ),
             ("\"root\"", "\"Root\"", "Root"),
+            ("[[disk]]", "[quiesce]\n[[disk]]", "quiesce"),
+            ("[[disk]]", "[quiesce]\nsoon = 1\n[[disk]]", "soon"),
             ("[[disk]]\nname = \"root\"\npath = \"/d\"\n", "", "disk"),
         ] {
             let error = Config::parse(&GOOD.replace(from, to)).unwrap_err();

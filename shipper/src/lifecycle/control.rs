@@ -21,6 +21,7 @@ use super::resync::{ResyncAnswer, ResyncRequest};
 use super::state::StateFolder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::{Board, Status};
+use crate::vault::manifest::Consistency;
 
 /// Time that a status may take.
 const STATUS_DEADLINE: Duration = Duration::from_secs(10);
@@ -34,10 +35,13 @@ enum Request {
         /// Version of the protocol.
         protocol: u32,
     },
-    /// Make a recovery point; answers with its number when it is in the vault.
+    /// Make a recovery point; answers with a [`Made`] when it is in the vault.
     Cut {
         /// Version of the protocol.
         protocol: u32,
+        /// Bring to rest what the configuration names.
+        #[serde(default)]
+        quiesce: bool,
     },
     /// Compare every block of a disk with the fingerprints, or end that; answers what became of it.
     Resync {
@@ -51,13 +55,24 @@ enum Request {
     },
 }
 
+/// A recovery point that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// Its number.
+    pub epoch: Epoch,
+    /// For whom it is consistent.
+    pub consistency: Consistency,
+    /// Why it is not consistent for applications, if that was tried.
+    pub reason: Option<String>,
+}
+
 /// Where the answer to a cut goes.
-pub type Reply = Sender<Result<Epoch>>;
+pub type Reply = Sender<Result<Made>>;
 
 /// What the conductor is asked.
 pub enum Asked {
-    /// For a recovery point.
-    Cut(Reply),
+    /// For a recovery point, quiesced or not.
+    Cut(bool, Reply),
     /// For a comparison of every block, or its end.
     Resync(ResyncRequest, Sender<Result<Vec<ResyncAnswer>>>),
 }
@@ -111,7 +126,7 @@ fn answer(text: &str, board: &Board, ask: &dyn Fn(Asked)) -> tracker::error::Res
     let request: Request =
         serde_json::from_str(text).map_err(|error| refused(format!("Invalid request: {error}")))?;
     let (Request::Status { protocol }
-    | Request::Cut { protocol }
+    | Request::Cut { protocol, .. }
     | Request::Resync { protocol, .. }) = request;
     if protocol != PROTOCOL {
         return Err(refused(format!(
@@ -120,7 +135,9 @@ fn answer(text: &str, board: &Board, ask: &dyn Fn(Asked)) -> tracker::error::Res
     }
     let value = match request {
         Request::Status { .. } => serde_json::to_value(board.status()),
-        Request::Cut { .. } => serde_json::to_value(await_answer(|reply| ask(Asked::Cut(reply)))?),
+        Request::Cut { quiesce, .. } => {
+            serde_json::to_value(await_answer(|reply| ask(Asked::Cut(quiesce, reply)))?)
+        }
         Request::Resync { disk, cancel, .. } => {
             let request = ResyncRequest { disk, cancel };
             serde_json::to_value(await_answer(|reply| ask(Asked::Resync(request, reply)))?)
@@ -176,13 +193,15 @@ pub fn ask_status(state: &Path) -> Result<Status> {
 }
 
 /// Asks the shipper that works in a state folder for a recovery point, and waits until it is in the
-/// vault.
+/// vault. With `quiesce` what the configuration names is brought to rest for it; where that fails the
+/// point is made all the same, and says so.
 ///
 /// # Errors
 ///
-/// None runs there, or it cannot make one.
-pub fn ask_cut(state: &Path) -> Result<Epoch> {
-    let value = ask(state, Request::Cut { protocol: PROTOCOL }, None)?;
+/// None runs there, it cannot make one, or its configuration names nothing to quiesce.
+pub fn ask_cut(state: &Path, quiesce: bool) -> Result<Made> {
+    let protocol = PROTOCOL;
+    let value = ask(state, Request::Cut { protocol, quiesce }, None)?;
     serde_json::from_value(value).map_err(garbled)
 }
 

@@ -24,3 +24,7 @@ mod scan;
 pub mod resync;
 
 mod epoch;
+
+mod capture;
+
+mod rest;

@@ -28,6 +28,7 @@
 //! what the tracker forgot it calls changed, which is more than needed and never less.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use tracker::control::client::ControlClient;
 use tracker::control::protocol::CaptureOutcome;
@@ -265,6 +266,10 @@ impl Conductor {
             } else {
                 CaptureOutcome::Abandoned
             };
+            if !sealed {
+                // What was captured of it is lost. Its blocks are captured with the next point, which is made now.
+                self.due = Instant::now();
+            }
             client.capture_end(epoch, outcome).at(Part::Tracker)?;
             self.spool.discard(epoch).at(Part::Spool)?;
             status = client.epochs().at(Part::Tracker)?;
@@ -288,6 +293,7 @@ impl Conductor {
         for (index, disk) in self.disks.iter_mut().enumerate() {
             let served = find_disk(status, &disk.config.name)?;
             let size_bytes = served.size_bytes;
+            disk.preserve_file = served.preserve_file.clone();
             check_disk(disk.source.present_bytes()?, &disk.config.path, served)?;
             if disk.source.size_bytes() == size_bytes {
                 continue;

@@ -88,6 +88,8 @@ impl Conductor {
             workers: self.config.workers,
             table,
             bytes_read: self.board.bytes_read(index),
+            frozen: None,
+            throttle: &self.config.throttle,
         };
         let begin = progress.cursor;
         let mut cursor = begin;

@@ -85,7 +85,7 @@ impl SegmentWriter {
                 + FOOTER_BYTES) as u64
     }
 
-    /// Adds a frame, whose blocks lie behind all that were added before.
+    /// Adds a frame, none of whose blocks was added before.
     ///
     /// # Errors
     ///
@@ -122,7 +122,7 @@ impl SegmentWriter {
         Ok(())
     }
 
-    /// Adds blocks that are zero, behind all that were added before.
+    /// Adds blocks that are zero, none of which was added before.
     pub fn append_zero(&mut self, extent: Extent) {
         self.zero_blocks += extent.block_count;
         let mut left = extent;
@@ -155,6 +155,8 @@ impl SegmentWriter {
     ///
     /// The file cannot be written or synced.
     pub fn finish(mut self, owner: &Owner, keys: &Keys) -> Result<(SegmentRef, Directory)> {
+        // What is captured first need not lie in front.
+        self.extents.sort_by_key(|entry| entry.first_block.get());
         let directory = Directory::new(
             std::mem::take(&mut self.frames),
             std::mem::take(&mut self.extents),

@@ -26,6 +26,8 @@ const ZSTD_LEVEL: i32 = 3;
 pub enum Version {
     /// A Zstandard frame of JSON under a keyed check.
     First = 1,
+    /// The document may have `consistency` and `reason`. Written only where it has.
+    Second = 2,
 }
 
 /// Head of a manifest.
@@ -45,6 +47,43 @@ const HEADER_BYTES: usize = size_of::<Header>();
 const _: () = assert!(HEADER_BYTES == 48);
 const CHECKED_BYTES: usize = std::mem::offset_of!(Header, check);
 const _: () = assert!(CHECKED_BYTES == 32);
+
+/// Longest reason in a manifest, in bytes.
+pub const REASON_BYTES_MAX: usize = 500;
+
+/// For whom a recovery point is consistent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Consistency {
+    /// The disks are as a power cut would have left them at that moment.
+    #[default]
+    Crash,
+    /// What writes to them was brought to rest for the moment of the cut.
+    Application,
+}
+
+impl Consistency {
+    fn is_crash(&self) -> bool {
+        *self == Self::Crash
+    }
+}
+
+impl std::fmt::Display for Consistency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Crash => "crash-consistent",
+            Self::Application => "application-consistent",
+        })
+    }
+}
+
+/// A reason as a manifest takes it: without control characters, and not too long.
+pub fn short_reason(reason: &str) -> String {
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    let mut text: String = reason.chars().map(plain).collect();
+    text.truncate(text.floor_char_boundary(REASON_BYTES_MAX));
+    text
+}
 
 /// One disk at a recovery point.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +119,12 @@ pub struct Manifest {
     pub previous: Epoch,
     /// When it was cut, by the clock of the machine; nothing depends on it.
     pub created: jiff::Timestamp,
+    /// For whom it is consistent.
+    #[serde(default, skip_serializing_if = "Consistency::is_crash")]
+    pub consistency: Consistency,
+    /// Why it is not consistent for applications, although that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// The disks of the machine.
     pub disks: Vec<DiskPoint>,
 }
@@ -106,7 +151,7 @@ impl Manifest {
         let stored = zstd::bulk::compress(&document, ZSTD_LEVEL)?;
         let mut header = Header {
             magic: MAGIC,
-            version: (Version::First as u32).into(),
+            version: (self.version() as u32).into(),
             flags: 0.into(),
             document_bytes: (document.len() as u64).into(),
             stored_bytes: (stored.len() as u64).into(),
@@ -134,7 +179,8 @@ impl Manifest {
         if header.check != expected {
             return Err("it is damaged".to_owned());
         }
-        if version != Version::First as u32 || header.flags.get() != 0 {
+        let known = [Version::First as u32, Version::Second as u32].contains(&version);
+        if !known || header.flags.get() != 0 {
             return Err(format!(
                 "it has version {version}, which this program does not know: use a newer one"
             ));
@@ -147,11 +193,30 @@ impl Manifest {
             .map_err(|error| format!("it cannot be decompressed: {error}"))?;
         let manifest: Self = serde_json::from_slice(&document)
             .map_err(|error| format!("its document is malformed: {error}"))?;
+        if manifest.version() as u32 > version {
+            return Err(format!(
+                "its document has fields that version {version} lacks"
+            ));
+        }
         manifest.validate()?;
         Ok(manifest)
     }
 
+    /// The lowest version that can say all of it.
+    fn version(&self) -> Version {
+        match self.consistency.is_crash() && self.reason.is_none() {
+            true => Version::First,
+            false => Version::Second,
+        }
+    }
+
     fn validate(&self) -> Result<(), String> {
+        let is_fit = |reason: &String| {
+            self.consistency.is_crash() && !reason.is_empty() && *reason == short_reason(reason)
+        };
+        if !self.reason.as_ref().is_none_or(is_fit) {
+            return Err("its reason is too long, empty or has no place in it".to_owned());
+        }
         let mut names = std::collections::BTreeSet::new();
         for disk in &self.disks {
             if !names.insert(&disk.name) {
@@ -209,6 +274,8 @@ mod tests {
             epoch: Epoch(3),
             previous: Epoch(1),
             created: jiff::Timestamp::UNIX_EPOCH,
+            consistency: Consistency::Crash,
+            reason: None,
             disks: vec![DiskPoint {
                 name: "root".into(),
                 size_bytes: 1 << 20,
@@ -239,6 +306,50 @@ mod tests {
         assert!(Manifest::decode(&bytes, &Keys::derive(&[4; 32])).is_err());
     }
 
+    fn version_of(bytes: &[u8]) -> u32 {
+        u32::from_le_bytes(bytes[8..12].try_into().unwrap())
+    }
+
+    #[test]
+    fn consistency_needs_the_second_version() {
+        let mut manifest = example();
+        assert_eq!(version_of(&manifest.encode(&keys()).unwrap()), 1);
+        manifest.consistency = Consistency::Application;
+        let bytes = manifest.encode(&keys()).unwrap();
+        assert_eq!(version_of(&bytes), 2);
+        assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
+        manifest.consistency = Consistency::Crash;
+        manifest.reason = Some("the guest agent does not answer".to_owned());
+        let bytes = manifest.encode(&keys()).unwrap();
+        assert_eq!(version_of(&bytes), 2);
+        assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
+        // The same document under the number of the version that does not have these fields.
+        let mut old = bytes;
+        old[8] = 1;
+        let check = keys().check(&[&old[..CHECKED_BYTES], &old[HEADER_BYTES..]]);
+        old[CHECKED_BYTES..HEADER_BYTES].copy_from_slice(&check);
+        let error = Manifest::decode(&old, &keys()).unwrap_err();
+        assert!(error.contains("version 1 lacks"), "{error}");
+    }
+
+    #[test]
+    fn reasons_have_their_place_and_length() {
+        let long = "x".repeat(REASON_BYTES_MAX + 1);
+        for (consistency, reason) in [
+            (Consistency::Application, "none is needed"),
+            (Consistency::Crash, ""),
+            (Consistency::Crash, "two\nlines"),
+            (Consistency::Crash, long.as_str()),
+        ] {
+            let mut manifest = example();
+            manifest.consistency = consistency;
+            manifest.reason = Some(reason.to_owned());
+            let bytes = manifest.encode(&keys()).unwrap();
+            let error = Manifest::decode(&bytes, &keys()).unwrap_err();
+            assert!(error.contains("reason"), "{error}");
+        }
+    }
+
     #[test]
     fn another_points_manifest_is_refused() {
         let mut id = PointId {
@@ -252,6 +363,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn any_short_reason_survives(reason in "\\PC{1,300}|(?s).{1,600}") {
+            let mut manifest = example();
+            let short = short_reason(&reason);
+            prop_assert!(short.len() <= REASON_BYTES_MAX);
+            manifest.reason = Some(short);
+            let bytes = manifest.encode(&keys()).unwrap();
+            prop_assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
+        }
+
         #[test]
         fn a_changed_byte_shows(at in any::<prop::sample::Index>(), change in 1u8..) {
             let mut bytes = example().encode(&keys()).unwrap();

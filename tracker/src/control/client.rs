@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use super::line::LineClient;
 use super::protocol::{CaptureOutcome, Request, Resized, Status, encode_request};
 use crate::disk::NewSize;
-use crate::epoch::MachineStatus;
+use crate::epoch::{Keep, MachineStatus};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Epoch;
 
@@ -52,7 +52,8 @@ impl ControlClient {
     ///
     /// Of kind `State` where an epoch is closed already.
     pub fn cut(&mut self, minimum: Epoch) -> Result<Epoch> {
-        self.ask(&Request::Cut { minimum })
+        let keep = Keep::Changed;
+        self.ask(&Request::Cut { minimum, keep })
     }
 
     /// Says that the capture of the closed epoch begins.

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::disk::NewSize;
 use crate::engine::EngineStatus;
-use crate::epoch::MachineStatus;
+use crate::epoch::{Keep, MachineStatus};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Epoch;
 
@@ -33,10 +33,13 @@ pub enum Request {
     /// The epochs alone: [`MachineStatus`].
     Epochs {},
     /// Close the open epoch on all disks; answers with its number. The next one is at least
-    /// `minimum`.
+    /// `minimum`. Its blocks are kept as they are until its capture has ended.
     Cut {
         /// Least number of the epoch that is opened.
         minimum: Epoch,
+        /// Which blocks are kept.
+        #[serde(default)]
+        keep: Keep,
     },
     /// The shipper begins to capture the closed epoch.
     CaptureBegin {
@@ -197,7 +200,14 @@ mod tests {
         let requests = [
             Request::Status {},
             Request::Epochs {},
-            Request::Cut { minimum: Epoch(7) },
+            Request::Cut {
+                minimum: Epoch(7),
+                keep: Keep::Changed,
+            },
+            Request::Cut {
+                minimum: Epoch(8),
+                keep: Keep::All,
+            },
             Request::CaptureBegin { epoch: Epoch(1) },
             Request::CaptureEnd {
                 epoch: Epoch(1),

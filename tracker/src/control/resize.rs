@@ -58,7 +58,7 @@ fn no_disk(disks: &[Arc<Disk>], name: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::epoch::{DiskSpec, MachineOptions, Operation};
+    use crate::epoch::{DiskSpec, Keep, MachineOptions, Operation};
     use crate::extent::{BLOCK_SIZE, Epoch, Extent};
     use crate::failpoint::watching;
     use crate::journal::reader::JournalReader;
@@ -82,6 +82,7 @@ mod tests {
             // That of a copy would be another.
             identity: [1; 16],
             seen: None,
+            preserve: None,
         };
         let options = MachineOptions {
             workers: 1,
@@ -89,6 +90,7 @@ mod tests {
             intent_regions: 64,
             rebuild: false,
             tracking: true,
+            preserve_budget_bytes: 0,
         };
         let (machine, _) = Machine::open(vec![spec], &options).unwrap();
         (vec![Arc::new(disk)], machine)
@@ -98,7 +100,9 @@ mod tests {
         let file = std::fs::File::create(folder.join("disk")).unwrap();
         file.set_len(BEFORE).unwrap();
         let (disks, machine) = open(folder);
-        let epoch = machine.cut(Epoch::ZERO, Duration::ZERO).unwrap();
+        let epoch = machine
+            .cut(Epoch::ZERO, Keep::Changed, Duration::ZERO)
+            .unwrap();
         machine.seal(epoch).unwrap();
         machine.commit(epoch).unwrap();
         (disks, machine)
@@ -166,9 +170,11 @@ mod tests {
                 first_block: 3000,
                 block_count: 1,
             };
-            let epoch = machine.cut(Epoch::ZERO, Duration::ZERO).unwrap();
+            let epoch = machine
+                .cut(Epoch::ZERO, Keep::Changed, Duration::ZERO)
+                .unwrap();
             let admitted = machine.admit(0, 0, last, Operation::Write);
-            machine.complete(0, admitted.epoch);
+            machine.complete(0, admitted);
             machine.seal(epoch).unwrap();
             machine.commit(epoch).unwrap();
             assert_eq!(changed(folder), [last], "{place:?}");

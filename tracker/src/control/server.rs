@@ -46,7 +46,7 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
     match request {
         Request::Status {} => json(&status(context)),
         Request::Epochs {} => json(&machine.status()),
-        Request::Cut { minimum } => json(&cut(context, minimum)?),
+        Request::Cut { minimum, keep } => json(&machine.cut(minimum, keep, DRAIN_DEADLINE)?),
         Request::CaptureBegin { epoch } => {
             let closed = machine.status().closed;
             if closed != Some(epoch) {
@@ -61,7 +61,7 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
         Request::CaptureEnd {
             epoch,
             outcome: CaptureOutcome::Sealed,
-        } => json(&machine.seal(epoch)?),
+        } => json(&seal(context, epoch)?),
         Request::CaptureEnd {
             epoch,
             outcome: CaptureOutcome::Abandoned,
@@ -77,12 +77,12 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
     }
 }
 
-/// Closes the open epoch, and makes the disks durable before anybody may capture it: what a recovery point
-/// holds must not be undone by a power cut, after which nobody would know that disk and vault differ. A disk
+/// Makes the disks durable before the journal lets go of what a recovery point holds: a power cut must not undo on
+/// the disk what the vault has, when nobody would know that they differ. It is done now and not at the cut, so that
+/// the blocks of the closed epoch, which have to be copied before they are overwritten, are captured first. A disk
 /// that cannot be synced is protected all the more, and the journal keeps in mind that it is one.
-fn cut(context: &Context, minimum: Epoch) -> Result<Epoch> {
+fn seal(context: &Context, epoch: Epoch) -> Result<()> {
     let machine = &context.machine;
-    let epoch = machine.cut(minimum, DRAIN_DEADLINE)?;
     for (index, disk) in context.disks.iter().enumerate() {
         if !disk.sync_failed()
             && let Err(error) = disk.sync_data()
@@ -91,7 +91,7 @@ fn cut(context: &Context, minimum: Epoch) -> Result<Epoch> {
             machine.note_disk_failure(index)?;
         }
     }
-    Ok(epoch)
+    machine.seal(epoch)
 }
 
 /// Everything about this tracker.

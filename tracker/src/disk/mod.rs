@@ -6,7 +6,7 @@ mod growth;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::journal::Moment;
 use crate::journal::format::Time;
 use crate::lock::lock_exclusive;
+use crate::preserve::area::BlockSource;
 
 /// Sizes of disks are multiples of this many bytes.
 const SECTOR_BYTES: u64 = 512;
@@ -273,6 +274,12 @@ impl Disk {
     /// Whether a sync has failed since the disk was opened.
     pub fn sync_failed(&self) -> bool {
         self.sync_failed.load(Ordering::Acquire)
+    }
+}
+
+impl BlockSource for Disk {
+    fn read_at(&self, offset_bytes: u64, target: &mut [u8]) -> std::io::Result<()> {
+        self.file.read_exact_at(target, offset_bytes)
     }
 }
 

@@ -1,7 +1,8 @@
 //! From the bytes of a socket to the disk, and from the disk to the reply.
 //!
 //! Order of a write: payload complete; admission, which stamps the epoch and puts the record into
-//! the journal; now and then a wait until its regions are armed (`waiting`); data to the disk; reply. Admission waits for the payload, so that a client that
+//! the journal; now and then a wait until its regions are armed, or until blocks of a closed epoch are copied
+//! (`waiting`); data to the disk; reply. Admission waits for the payload, so that a client that
 //! dawdles in the middle of one cannot hold up a cut. Requests in flight have no order among
 //! each other, as the NBD specification allows. A FLUSH is a sync of the file, which covers every
 //! write that was answered on any connection.
@@ -360,9 +361,7 @@ impl Worker {
             operation.buffer = Some(buffer.map_err(|_| ReplyError::NoMemory)?);
         }
         let length = operation.part_bytes() as u64;
-        let admission = self.admit(operation.disk, operation.request.command, start, length);
-        operation.epoch = admission.map(|admission| admission.epoch);
-        operation.waits = admission.and_then(|admission| admission.waits);
+        operation.admission = self.admit(operation.disk, operation.request.command, start, length);
         Ok(true)
     }
 
@@ -374,14 +373,14 @@ impl Worker {
         operation: &mut Operation,
         result: Result<(), ReplyError>,
     ) -> bool {
-        if operation.epoch.is_some() {
+        if operation.admission.is_some() {
             reached(Place::WriteAfterDataBeforeReply);
         }
         if operation.sync_failed {
             self.distrust(operation.disk);
         }
-        if let Some(epoch) = operation.epoch.take() {
-            self.shared.machine.complete(self.number, epoch);
+        if let Some(admission) = operation.admission.take() {
+            self.shared.machine.complete(self.number, admission);
         }
         let request = operation.request;
         match (operation.buffer.take(), result) {
@@ -472,7 +471,7 @@ impl Worker {
             }
     }
 
-    /// Writes at once; `None` if the write has to wait for its regions.
+    /// Writes at once; `None` if the write has to wait for its regions or for a copy.
     fn write_inline(
         &self,
         disk: usize,
@@ -480,14 +479,14 @@ impl Worker {
         data: &[u8],
     ) -> Option<Result<(), ReplyError>> {
         let admission = self.admit(disk, request.command, request.offset, request.length)?;
-        let result = admission.waits.is_none().then(|| {
+        let result = admission.is_ready().then(|| {
             reached(Place::WriteAfterAdmissionBeforeData);
             let result = write_now(&self.shared.disks[disk], request.offset, data);
             reached(Place::WriteAfterDataBeforeReply);
             result
         });
         // One that waits is admitted again on its way there.
-        self.shared.machine.complete(self.number, admission.epoch);
+        self.shared.machine.complete(self.number, admission);
         if let Some(result) = result {
             self.count_bytes(request, result);
         }

@@ -19,8 +19,8 @@ use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
 use super::driver::Driver;
 use super::transfer::Held;
 use crate::disk::Disk;
-use crate::epoch::{self, Era};
-use crate::extent::Epoch;
+use crate::epoch::{self, Admission};
+use crate::extent::Extent;
 use crate::failpoint::{self, Place, reached};
 use crate::nbd::request::{Command, Request};
 use crate::nbd::wire::ReplyError;
@@ -67,10 +67,8 @@ pub struct Operation {
     pub part: Range<u64>,
     /// Parts that were begun.
     pub parts: u32,
-    /// The epoch that admission stamped, if the part changes the disk.
-    pub epoch: Option<Epoch>,
-    /// The part waits for its regions: the era that admission saw.
-    pub waits: Option<Era>,
+    /// What admission said, if the part changes the disk.
+    pub admission: Option<Admission>,
     /// Data of the part from [`HEAD_BYTES`] on; gone while the kernel has them.
     pub buffer: Option<Buffer>,
     /// A sync that belonged to this request failed.
@@ -111,8 +109,7 @@ impl Operation {
             request,
             part: request.offset..request.offset,
             parts: 0,
-            epoch: None,
-            waits: None,
+            admission: None,
             buffer,
             sync_failed: false,
             done_bytes: 0,
@@ -139,6 +136,11 @@ impl Operation {
         self.done_bytes = 0;
     }
 
+    /// The blocks that the part touches.
+    pub fn part_blocks(&self) -> Extent {
+        Extent::covering(self.part.start, self.part_bytes() as u64)
+    }
+
     /// Length of the part.
     pub fn part_bytes(&self) -> usize {
         (self.part.end - self.part.start) as usize
@@ -146,7 +148,7 @@ impl Operation {
 
     /// Submits the first step of the part.
     pub fn start(&mut self, disk: &Arc<Disk>, ring: &mut Driver, tag: u64) -> Outcome {
-        if self.epoch.is_some()
+        if self.admission.is_some()
             && let Err(error) =
                 failpoint::attempt(Place::WriteAfterAdmissionBeforeData, disk.file())
         {

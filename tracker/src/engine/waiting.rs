@@ -1,10 +1,10 @@
-//! Writes that wait until their regions are armed.
+//! Writes that wait until their regions are armed, and until blocks of the closed epoch are copied.
 //!
 //! Order: a write was admitted, so its record stands and its epoch counts it; a cut waits for it as for
-//! one that is on its way to the disk. It is left with the journal, which tells this worker by an order
-//! when it may look again. Nothing of it goes to the disk before.
+//! one that is on its way to the disk. It is left with the journal, and after that with the thread that copies,
+//! each of which tells this worker by an order when it may go on. Nothing of it goes to the disk before.
 //!
-//! What it does not handle: arming; see `journal::intent`.
+//! What it does not handle: arming (`journal::intent`), copying (`epoch`).
 
 use std::sync::Arc;
 
@@ -14,7 +14,6 @@ use nix::sys::eventfd::EventFd;
 use super::operation::{Operation, Outcome};
 use super::worker::{Order, TAG_DISK, Worker};
 use crate::epoch::Waiter;
-use crate::extent::Extent;
 use crate::failpoint::{Place, reached};
 
 /// By this a worker is told that a write may go on.
@@ -28,7 +27,7 @@ pub struct Bell {
 impl Waiter for Bell {
     fn wake(&self, token: usize) {
         // A worker that has ended has no write left that waits.
-        if self.orders.send(Order::Armed(token)).is_ok() {
+        if self.orders.send(Order::GoOn(token)).is_ok() {
             let _counted = self.wake.write(1);
         }
     }
@@ -37,29 +36,39 @@ impl Waiter for Bell {
 impl Worker {
     /// Leaves a write whose admission said that it has to wait. Returns it if it has not.
     pub(super) fn leave_waiting(&mut self, slot: usize, operation: Operation) -> Option<Operation> {
-        let Some(era) = operation.waits else {
+        let Some(admission) = operation
+            .admission
+            .filter(|admission| !admission.is_ready())
+        else {
             return Some(operation);
         };
-        let length = operation.part_bytes() as u64;
-        let extent = Extent::covering(operation.part.start, length);
+        let (disk, extent) = (operation.disk, operation.part_blocks());
         let machine = Arc::clone(&self.shared.machine);
-        let disk = operation.disk;
         self.operations[slot] = Some(operation);
-        machine.await_regions(disk, extent, era, &self.bell, slot);
+        match admission.waits {
+            Some(era) => machine.await_regions(disk, extent, era, &self.bell, slot),
+            None => machine.await_copy(disk, extent, &self.bell, slot),
+        }
         None
     }
 
     /// A write that waited may look again.
-    pub(super) fn regions_armed(&mut self, slot: usize) {
+    pub(super) fn go_on(&mut self, slot: usize) {
         let Some(mut operation) = self.operations.get_mut(slot).and_then(Option::take) else {
             return;
         };
-        let extent = Extent::covering(operation.part.start, operation.part_bytes() as u64);
+        let (disk, extent) = (operation.disk, operation.part_blocks());
         let machine = &self.shared.machine;
-        if let Some(era) = operation.waits
-            && machine.may_write(operation.disk, extent, era)
-        {
-            operation.waits = None;
+        if let Some(admission) = &mut operation.admission {
+            match admission.waits {
+                Some(era) if machine.may_write(disk, extent, era) => {
+                    admission.waits = None;
+                    admission.copies = machine.must_copy(disk, extent, admission.epoch);
+                }
+                // Woken to look once more.
+                Some(_) => {}
+                None => admission.copies = false,
+            }
         }
         let Some(mut operation) = self.leave_waiting(slot, operation) else {
             return;

@@ -42,8 +42,8 @@ pub enum Order {
         /// The whole reply.
         reply: Vec<u8>,
     },
-    /// The regions of the write in this slot are armed.
-    Armed(usize),
+    /// The write in this slot has waited.
+    GoOn(usize),
     /// Receive nothing more, finish what is in flight, then end.
     Drain,
     /// Cut the connections that are still there.
@@ -213,7 +213,7 @@ impl Worker {
             match order {
                 Order::Serve(socket, session) => self.adopt(socket, session),
                 Order::Status { connection, reply } => self.status_found(connection, reply),
-                Order::Armed(slot) => self.regions_armed(slot),
+                Order::GoOn(slot) => self.go_on(slot),
                 Order::Drain => {
                     self.draining = true;
                     self.shared.draining.store(true, Ordering::Release);

@@ -7,7 +7,8 @@
 //! the cut. New writes are never held.
 //!
 //! Counts are kept for even and odd epochs apart, on a cache line for each worker. Numbers of epochs
-//! that follow each other therefore differ in parity, also where a cut skips some.
+//! that follow each other therefore differ in parity, also where a cut skips some. Their upper half counts
+//! the writes whose admission is not finished: those that nobody may know of yet.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -17,6 +18,9 @@ use crate::journal::format::EPOCH_MAX;
 
 /// Time between two looks at the counts while a cut waits.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
+
+/// A write whose admission is not finished counts as this besides.
+const ADMITTING: u64 = 1 << 32;
 
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -44,18 +48,25 @@ impl Clock {
         Epoch(self.open.load(Ordering::SeqCst))
     }
 
-    /// Stamps a write of this worker. It counts as in flight until [`Self::leave`].
+    /// Stamps a write of this worker. It counts as in flight until [`Self::leave`], and as being admitted
+    /// until [`Self::admitted`].
     pub fn enter(&self, worker: usize) -> Epoch {
         let counts = &self.in_flight[worker % self.in_flight.len()].0;
         loop {
             let epoch = self.open.load(Ordering::SeqCst);
             let count = &counts[(epoch & 1) as usize];
-            count.fetch_add(1, Ordering::SeqCst);
+            count.fetch_add(ADMITTING + 1, Ordering::SeqCst);
             if self.open.load(Ordering::SeqCst) == epoch {
                 return Epoch(epoch);
             }
-            count.fetch_sub(1, Ordering::SeqCst);
+            count.fetch_sub(ADMITTING + 1, Ordering::SeqCst);
         }
+    }
+
+    /// Everything that others have to know of the write that was stamped with this epoch stands.
+    pub fn admitted(&self, worker: usize, epoch: Epoch) {
+        let counts = &self.in_flight[worker % self.in_flight.len()].0;
+        counts[(epoch.0 & 1) as usize].fetch_sub(ADMITTING, Ordering::Release);
     }
 
     /// The write that was stamped with this epoch has completed.
@@ -84,18 +95,31 @@ impl Clock {
     /// deadline.
     pub fn drain(&self, epoch: Epoch, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
-        let parity = (epoch.0 & 1) as usize;
-        while self
-            .in_flight
-            .iter()
-            .any(|counts| counts.0[parity].load(Ordering::SeqCst) != 0)
-        {
+        while self.counts(epoch) != 0 {
             if Instant::now() >= deadline {
                 return false;
             }
             std::thread::sleep(LOOK_INTERVAL);
         }
         true
+    }
+
+    /// Waits until the admissions to epochs with this one's parity are finished, which takes no I/O.
+    pub fn settle(&self, epoch: Epoch) {
+        while self.counts(epoch) >= ADMITTING {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Whether a write of epochs with this one's parity is in flight.
+    pub fn is_drained(&self, epoch: Epoch) -> bool {
+        self.counts(epoch) == 0
+    }
+
+    fn counts(&self, epoch: Epoch) -> u64 {
+        let parity = (epoch.0 & 1) as usize;
+        let load = |counts: &InFlight| counts.0[parity].load(Ordering::SeqCst);
+        self.in_flight.iter().map(load).sum()
     }
 }
 
@@ -119,7 +143,10 @@ mod tests {
         let clock = Clock::new(Epoch(1), 2);
         let first = clock.enter(0);
         clock.advance(clock.next(Epoch::ZERO).unwrap());
+        clock.admitted(0, first);
+        clock.settle(first);
         let second = clock.enter(1);
+        clock.admitted(1, second);
         assert_eq!((first, second), (Epoch(1), Epoch(2)));
         assert!(!clock.drain(first, Duration::from_millis(1)));
         clock.leave(0, first);

@@ -5,6 +5,9 @@
 //! written. It is a cache: a bit that is missing costs one more record in the ring; a bit that is
 //! set means that the record stood in the mapping before the bit was set.
 //!
+//! A second, much smaller bitmap has a bit for each page of words that was ever stored to, so that the whole
+//! can be gone through without looking at what is empty.
+//!
 //! When the disk grows, words are added and none is moved, so that workers go on meanwhile without
 //! a lock. A block that has no word yet counts as clear.
 
@@ -13,11 +16,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{Error, Result};
 use crate::extent::Extent;
 use crate::journal::GrowingWords;
+use crate::preserve::format::PAGE_WORDS;
+
+/// Blocks of a page of words.
+const PAGE_BLOCKS: u64 = PAGE_WORDS * 64;
 
 /// Filter of one epoch of one disk.
 #[derive(Debug)]
 pub struct Filter {
     words: GrowingWords,
+    /// Pages of [`PAGE_WORDS`] words that have bits.
+    pages: GrowingWords,
     set_blocks: AtomicU64,
 }
 
@@ -30,6 +39,7 @@ impl Filter {
     pub fn new(blocks: u64) -> Result<Self> {
         Ok(Self {
             words: GrowingWords::new(blocks.div_ceil(64)).map_err(no_memory)?,
+            pages: GrowingWords::new(blocks.div_ceil(PAGE_BLOCKS * 64)).map_err(no_memory)?,
             set_blocks: AtomicU64::new(0),
         })
     }
@@ -40,7 +50,10 @@ impl Filter {
     ///
     /// The address space cannot be had; the filter is as it was, or has a part of the room.
     pub fn reach(&self, blocks: u64) -> Result<()> {
-        self.words.reach(blocks.div_ceil(64)).map_err(no_memory)
+        self.pages
+            .reach(blocks.div_ceil(PAGE_BLOCKS * 64))
+            .and_then(|()| self.words.reach(blocks.div_ceil(64)))
+            .map_err(no_memory)
     }
 
     /// Whether every block of the extent is set.
@@ -53,6 +66,7 @@ impl Filter {
     /// Sets every block of the extent.
     pub fn insert(&self, extent: Extent) {
         let mut added = 0;
+        self.note_pages(extent);
         self.each_word(extent, |word, mask| {
             let before = word.fetch_or(mask, Ordering::AcqRel);
             added += (mask & !before).count_ones();
@@ -60,6 +74,57 @@ impl Filter {
         });
         self.set_blocks
             .fetch_add(u64::from(added), Ordering::Relaxed);
+    }
+
+    fn note_pages(&self, extent: Extent) {
+        let last = extent.end_block().saturating_sub(1).max(extent.first_block);
+        for page in extent.first_block / PAGE_BLOCKS..=last / PAGE_BLOCKS {
+            let bit = 1 << (page % 64);
+            // Set once, looked at often.
+            if let Some(word) = self.pages.get(page / 64)
+                && word.load(Ordering::Relaxed) & bit == 0
+            {
+                word.fetch_or(bit, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The bits of 64 blocks, from block `index * 64` on.
+    pub fn word(&self, index: u64) -> u64 {
+        let word = self.words.get(index);
+        word.map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Whether a page of [`PAGE_WORDS`] words has bits, or had.
+    pub fn has_page(&self, page: u64) -> bool {
+        let word = self.pages.get(page / 64);
+        word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
+    }
+
+    /// Sets every block of another filter that covers as many, up to `pages` pages.
+    pub fn insert_all(&self, other: &Self, pages: u64) {
+        for page in (0..pages).filter(|&page| other.has_page(page)) {
+            for index in page * PAGE_WORDS..(page + 1) * PAGE_WORDS {
+                self.insert_word(index, other.word(index));
+            }
+        }
+    }
+
+    /// Sets blocks among the 64 from block `index * 64` on.
+    pub fn insert_word(&self, index: u64, bits: u64) {
+        if bits != 0
+            && let Some(word) = self.words.get(index)
+        {
+            let first_block = index * 64;
+            let block_count = 1;
+            self.note_pages(Extent {
+                first_block,
+                block_count,
+            });
+            let added = bits & !word.fetch_or(bits, Ordering::AcqRel);
+            self.set_blocks
+                .fetch_add(added.count_ones().into(), Ordering::Relaxed);
+        }
     }
 
     /// Number of blocks that are set.
@@ -75,6 +140,7 @@ impl Filter {
     pub fn clear(&self) -> Result<()> {
         self.words
             .clear()
+            .and_then(|()| self.pages.clear())
             .map_err(|error| Error::io("Cannot clear the dirty bitmap", error))?;
         self.set_blocks.store(0, Ordering::Relaxed);
         Ok(())
@@ -82,18 +148,13 @@ impl Filter {
 
     /// Calls with every word that the extent touches and the bits it has there, until `false`.
     fn each_word(&self, extent: Extent, mut visit: impl FnMut(&AtomicU64, u64) -> bool) -> bool {
-        let (mut block, end) = (extent.first_block, extent.end_block());
-        while block < end {
-            let first = block % 64;
-            let count = (64 - first).min(end - block);
-            let mask = (u64::MAX >> (64 - count)) << first;
-            let Some(word) = self.words.get(block / 64) else {
+        for (index, mask) in extent.words() {
+            let Some(word) = self.words.get(index) else {
                 return false;
             };
             if !visit(word, mask) {
                 return false;
             }
-            block += count;
         }
         true
     }

@@ -12,9 +12,10 @@
 //! or above their epoch, or into a checkpoint that counts for their epoch. Giving up a closed
 //! epoch, or losing the spool, only moves watermarks down: records of the open set stay in it.
 //!
-//! Order of a cut: alarms that will be captured with the old epoch become its own; the clock moves
-//! for all disks at once; the writes of the old epoch complete; the watermark of each journal is
-//! published and synced. A crash before the last one leaves an epoch that is not closed everywhere,
+//! Order of a cut: room to keep the blocks of the old epoch is made (`frozen`); alarms that will be captured with
+//! it become its own; the clock moves for all disks at once; when no write is being admitted to the old epoch
+//! any more, what belongs to it is known, and told to the shipper; the writes of the old epoch complete; the
+//! watermark of each journal is published and synced. A crash before the last one leaves an epoch that is not closed everywhere,
 //! which recovery merges into the open one. What is to be done on all disks is tried on all, also
 //! where it fails on one, so that only a crash leaves them apart.
 //!
@@ -22,16 +23,28 @@
 //! The filters get room, the journal gets the record and the size (`journal::growth`), and only then
 //! may clients see the size.
 //!
-//! What it does not handle: the blocks' content. A closed epoch's blocks that are written again are
-//! not preserved.
+//! A tracker that is killed leaves a closed epoch and its preserve files, with which the next one goes on. Where
+//! one of the files cannot be used, the epoch is merged before the first write is served.
+//!
+//! What it does not handle: the blocks' content; see `preserve`.
 
 mod clock;
 
+mod copier;
+
 mod filter;
+
+mod flights;
+
+mod frozen;
 
 mod keeping;
 
 mod rates;
+
+mod status;
+
+mod tracked;
 
 #[cfg(test)]
 mod power_cut_tests;
@@ -43,22 +56,27 @@ mod tests;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{Epoch, Extent, blocks_of};
+use crate::extent::{Epoch, Extent};
 use crate::failpoint::{Place, reached};
 use crate::journal::state::{EpochState, reconcile};
-use crate::journal::{self, Journal, JournalOptions, Marked, Moment, RecoveryReport};
+use crate::journal::{Journal, Moment, RecoveryReport};
+use crate::preserve::area::discard;
+use crate::preserve::format::Failure;
 use clock::Clock;
-use filter::Filter;
-use rates::{Rates, Sample};
+use copier::CopyJob;
+use flights::{Flight, Flights};
+use frozen::Members;
+use tracked::TrackedDisk;
 
 pub use crate::journal::format::Operation;
 pub use crate::journal::{Era, Waiter};
 pub use keeping::Keepers;
+pub use status::{DiskStatus, MachineStatus};
 
 /// A disk and its journal.
 #[derive(Clone, Debug)]
@@ -75,6 +93,8 @@ pub struct DiskSpec {
     pub identity: [u8; 16],
     /// Its times when it is opened; `None` where they mean nothing.
     pub seen: Option<Moment>,
+    /// Path of its preserve file; `None` where the blocks of closed epochs are not kept.
+    pub preserve: Option<PathBuf>,
 }
 
 /// How a machine is opened.
@@ -90,105 +110,8 @@ pub struct MachineOptions {
     pub rebuild: bool,
     /// Keep journals; without them nothing can be cut.
     pub tracking: bool,
-}
-
-/// The epochs of a machine as its control socket shows them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MachineStatus {
-    /// New writes are stamped with it.
-    pub open: Epoch,
-    /// It is being captured.
-    pub closed: Option<Epoch>,
-    /// The highest epoch that is complete in the spool.
-    pub sealed: Epoch,
-    /// The highest epoch that is a recovery point.
-    pub committed: Epoch,
-    /// Times that changes of an earlier epoch became those of the open one, since the tracker started.
-    #[serde(default)]
-    pub epochs_merged: u64,
-    /// The disks.
-    pub disks: Vec<DiskStatus>,
-}
-
-/// One disk as the control socket shows it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskStatus {
-    /// Name of the export.
-    pub name: String,
-    /// Path of the disk.
-    pub image: PathBuf,
-    /// Path of its journal.
-    pub journal: PathBuf,
-    /// Random number of the journal: 32 hexadecimal digits.
-    pub journal_id: String,
-    /// Size in bytes.
-    pub size_bytes: u64,
-    /// Every block counts as changed as of this epoch.
-    pub resync: Option<Epoch>,
-    /// Blocks recorded in the open epoch, not in earlier ones that it has taken over.
-    pub open_dirty_blocks: u64,
-    /// Blocks recorded in the closed epoch.
-    pub closed_dirty_blocks: u64,
-    /// Records that the ring takes.
-    pub ring_capacity_records: u64,
-    /// Records in the ring.
-    pub ring_used_records: u64,
-    /// Records in the ring in percent of those that it takes.
-    #[serde(default)]
-    pub ring_fill_percent: u64,
-    /// Records written in a second, over the last ten.
-    #[serde(default)]
-    pub records_per_second: u64,
-    /// Records folded in a second, over the last ten.
-    #[serde(default)]
-    pub folded_per_second: u64,
-    /// The ring is full: changes are kept by coarse units until it has room again.
-    #[serde(default)]
-    pub ring_overflowing: bool,
-    /// Changes kept by coarse units, since the tracker started.
-    #[serde(default)]
-    pub coarse_changes: u64,
-    /// Coarse units that count as changed.
-    #[serde(default)]
-    pub coarse_units: u64,
-    /// Seconds until the ring is full at this rate, if nothing is folded or committed meanwhile.
-    pub ring_full_in_seconds: Option<u64>,
-    /// Checkpoint sets in use, of two.
-    pub checkpoint_sets: u64,
-    /// Records written since the tracker started.
-    pub records_written: u64,
-    /// Writes that needed no record, since the tracker started.
-    pub records_elided: u64,
-    /// Times that records were folded, since the tracker started.
-    pub folds: u64,
-    /// Times that the ring was synced in the background, since the tracker started.
-    #[serde(default)]
-    pub ring_syncs: u64,
-    /// Times that another file took the place of the journal because a sync of it had failed, since the
-    /// tracker started.
-    #[serde(default)]
-    pub journal_replacements: u64,
-    /// Regions of 1 MiB that can be armed at once: so many MiB are compared after a power cut, at most.
-    #[serde(default)]
-    pub intent_regions_max: u64,
-    /// Regions that are armed.
-    #[serde(default)]
-    pub intent_regions: u64,
-    /// Transactions of the intent log, since the tracker started.
-    #[serde(default)]
-    pub intent_commits: u64,
-    /// Writes that waited for their regions to be armed, since the tracker started.
-    #[serde(default)]
-    pub intent_waits: u64,
-    /// Regions that made room for others, since the tracker started.
-    #[serde(default)]
-    pub intent_evictions: u64,
-    /// The journal cannot be written durably: a power cut would lose track of what changed.
-    #[serde(default)]
-    pub power_cut_unsafe: bool,
-    /// How the disk was changed, or may have been, while no tracker served it, as this one found when
-    /// it started.
-    pub unserved_change: Option<String>,
+    /// Bytes of blocks that are kept of each disk while an epoch is captured, at most.
+    pub preserve_budget_bytes: u64,
 }
 
 /// A write that was stamped and recorded.
@@ -198,69 +121,70 @@ pub struct Admission {
     pub epoch: Epoch,
     /// It has to wait for its regions: the era in which its record stood in the ring.
     pub waits: Option<Era>,
+    /// It has to wait until blocks of the epoch before are copied.
+    pub copies: bool,
+    /// Where it is listed while it is in flight.
+    flight: Flight,
 }
 
-/// One tracked disk.
-struct TrackedDisk {
-    spec: DiskSpec,
-    /// Size in bytes at present.
-    size_bytes: AtomicU64,
-    journal: Journal,
-    /// Filters of even and odd epochs.
-    filters: [Filter; 2],
-    elided: AtomicU64,
-    unserved_change: Option<String>,
-    started: Instant,
-    rates: Mutex<Rates>,
+impl Admission {
+    /// Whether its data may go to the disk at once.
+    pub fn is_ready(&self) -> bool {
+        self.waits.is_none() && !self.copies
+    }
 }
 
-impl TrackedDisk {
-    /// The counters of the ring at this moment, and what was kept of them.
-    fn sample(&self) -> (Sample, MutexGuard<'_, Rates>) {
-        let sample = Sample {
-            at: self.started.elapsed(),
-            written: self.journal.records_written(),
-            folded: self.journal.records_folded(),
-        };
-        let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        (sample, rates)
-    }
+/// What is kept of a closed epoch while it is captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// The blocks that belong to it.
+    #[default]
+    Changed,
+    /// Every block, for whoever looks at the whole disk as it was.
+    All,
+}
 
-    /// Takes over what the journal knows of the open epoch. What belongs to the open set from earlier ones is
-    /// recorded once more when it changes: whoever has looked at every block since such an epoch asks for
-    /// later ones alone.
-    fn remember(&self, open: Epoch) -> Result<()> {
-        let filter = &self.filters[(open.0 & 1) as usize];
-        self.journal
-            .each_extent_after(Epoch(open.0.saturating_sub(1)), |extent| {
-                filter.insert(extent)
-            })
+/// Goes on with the closed epoch that an earlier tracker has left. Returns whether all disks could, where there is
+/// one; if not, whatever is left of it is discarded.
+fn resume(disks: &[TrackedDisk], states: &[EpochState]) -> Result<bool> {
+    let resume_one = |(disk, state): (&TrackedDisk, &EpochState)| match state.closed {
+        Some(closed) => disk.resume(closed),
+        None => Ok(()),
+    };
+    let closed = states.iter().find_map(|state| state.closed);
+    let resumed = disks.iter().zip(states).try_for_each(resume_one);
+    if resumed.is_ok() && closed.is_some() {
+        return Ok(true);
     }
+    for (disk, state) in disks.iter().zip(states) {
+        disk.freeze(None);
+        if let Some(path) = &disk.spec.preserve {
+            disk.filter(Epoch(state.open.0 + 1)).clear()?;
+            discard(path)?;
+        }
+    }
+    if let (Err(error), Some(closed)) = (&resumed, closed) {
+        tracing::warn!("Epoch {closed} is given up: {}", error.chain());
+    }
+    Ok(closed.is_none())
+}
 
-    fn note(&self, epoch: Epoch, extent: Extent, operation: Operation) -> Marked {
-        self.journal.stir();
-        let file = self.journal.file_number();
-        let filter = &self.filters[(epoch.0 & 1) as usize];
-        if filter.contains(extent) {
-            self.elided.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.journal.record(epoch, extent, operation);
-            filter.insert(extent);
-        }
-        reached(Place::AdmitAfterRecordBeforeMark);
-        let marked = self.journal.mark(extent);
-        if self.journal.file_number() == file {
-            return marked;
-        }
-        // The sync that failed may have cost the record before the mark could tell of it.
-        self.journal.record(epoch, extent, operation);
-        self.journal.mark(extent)
-    }
+fn stuck(closing: Epoch, drain_timeout: Duration) -> Error {
+    Error::new(
+        ErrorKind::State,
+        format!(
+            "Writes of epoch {closing} did not complete in {} s: try again",
+            drain_timeout.as_secs()
+        ),
+    )
 }
 
 /// The disks of one machine. Shared by workers and the control socket.
 pub struct Machine {
     clock: Clock,
+    /// Of each worker.
+    flights: Vec<Flights>,
     disks: Vec<TrackedDisk>,
     /// Held while watermarks move.
     moving: Mutex<()>,
@@ -280,56 +204,38 @@ impl Machine {
         let mut disks = Vec::new();
         let mut reports = Vec::new();
         for spec in specs.into_iter().filter(|_| options.tracking) {
-            let (journal, report) = journal::open(
-                &spec.journal,
-                &JournalOptions {
-                    disk_identity: spec.identity,
-                    disk_size_bytes: spec.size_bytes,
-                    ring_bytes: options.ring_bytes,
-                    intent_regions: options.intent_regions,
-                    rebuild: options.rebuild,
-                    seen: spec.seen,
-                },
-            )?;
-            let blocks = blocks_of(spec.size_bytes);
-            let filters = [Filter::new(blocks)?, Filter::new(blocks)?];
-            disks.push(TrackedDisk {
-                size_bytes: spec.size_bytes.into(),
-                spec,
-                journal,
-                filters,
-                elided: AtomicU64::new(0),
-                started: Instant::now(),
-                rates: Mutex::default(),
-                unserved_change: report.suspicion.map(|suspicion| suspicion.to_string()),
-            });
+            let (disk, report) = TrackedDisk::open(spec, options)?;
+            disks.push(disk);
             reports.push(report);
         }
         let mut states: Vec<EpochState> =
             disks.iter().map(|disk| disk.journal.watermarks()).collect();
         reconcile(&mut states);
-        for (disk, state) in disks.iter().zip(&states) {
+        let resumed = resume(&disks, &states)?;
+        for (disk, state) in disks.iter().zip(&mut states) {
+            if !resumed {
+                state.closed = None;
+            }
             disk.journal.update(|present| *present = *state)?;
+            disk.remember(state)?;
         }
         let open = states.first().map_or(Epoch(1), |state| state.open);
-        for disk in &disks {
-            disk.remember(open)?;
-        }
-        let clock = Clock::new(open, options.workers);
-        Ok((
-            Self {
-                clock,
-                disks,
-                moving: Mutex::new(()),
-                merged: AtomicU64::new(0),
-            },
-            reports,
-        ))
+        let machine = Self {
+            clock: Clock::new(open, options.workers),
+            flights: (0..options.workers.max(1))
+                .map(|_| Flights::default())
+                .collect(),
+            disks,
+            moving: Mutex::new(()),
+            merged: AtomicU64::new(u64::from(!resumed)),
+        };
+        Ok((machine, reports))
     }
 
     /// Stamps and records a write before its data is submitted. Wait-free, no allocation. Every
-    /// call is followed by [`Self::complete`] with the epoch returned. If the admission says that the
-    /// write has to wait, [`Self::await_regions`] comes before its data.
+    /// call is followed by [`Self::complete`] with the admission returned. If that says that the write has to
+    /// wait for its regions, [`Self::await_regions`] comes before its data; then, if it says so, or
+    /// [`Self::must_copy`] does by then, [`Self::await_copy`].
     pub fn admit(
         &self,
         worker: usize,
@@ -338,16 +244,22 @@ impl Machine {
         operation: Operation,
     ) -> Admission {
         let epoch = self.clock.enter(worker);
-        let marked = self
-            .disks
-            .get(disk)
-            .map(|disk| disk.note(epoch, extent, operation));
+        let tracked = self.disks.get(disk);
+        let marked = tracked.map(|disk| disk.note(epoch, extent, operation));
+        let flight = self.flights_of(worker).list(disk, extent, epoch);
+        self.clock.admitted(worker, epoch);
         Admission {
             epoch,
             waits: marked
                 .filter(|marked| !marked.armed)
                 .map(|marked| marked.era),
+            copies: tracked.is_some_and(|disk| disk.must_copy(epoch, extent)),
+            flight,
         }
+    }
+
+    fn flights_of(&self, worker: usize) -> &Flights {
+        &self.flights[worker % self.flights.len()]
     }
 
     /// Leaves a write that has to wait for its regions. The waiter is woken once, with this token, and
@@ -372,8 +284,39 @@ impl Machine {
             .is_none_or(|disk| disk.journal.may_write(extent, era))
     }
 
-    /// The write that was admitted with this epoch has completed, well or not.
-    pub fn complete(&self, worker: usize, epoch: Epoch) {
+    /// Whether a write of an epoch has to wait until blocks of the one before are copied.
+    pub fn must_copy(&self, disk: usize, extent: Extent, epoch: Epoch) -> bool {
+        let tracked = self.disks.get(disk);
+        tracked.is_some_and(|disk| disk.must_copy(epoch, extent))
+    }
+
+    /// Leaves a write that has to wait until blocks are copied. The waiter is woken once, with this token, and then
+    /// the data may go to the disk.
+    pub fn await_copy(&self, disk: usize, extent: Extent, waiter: &Arc<dyn Waiter>, token: usize) {
+        let Some(disk) = self.disks.get(disk) else {
+            return waiter.wake(token);
+        };
+        match disk.frozen() {
+            Some(frozen) => disk.copier.leave(CopyJob {
+                frozen,
+                extent,
+                waiter: Arc::clone(waiter),
+                token,
+            }),
+            None => waiter.wake(token),
+        }
+    }
+
+    /// Whether a write of an epoch that takes no more writes may still change one of these blocks.
+    fn is_in_flight(&self, disk: usize, extent: Extent, epoch: Epoch) -> bool {
+        let overlap = |flights: &Flights| flights.overlap(disk, extent, epoch);
+        !self.clock.is_drained(epoch) && self.flights.iter().any(overlap)
+    }
+
+    /// The write that was admitted has completed, well or not.
+    pub fn complete(&self, worker: usize, admission: Admission) {
+        let Admission { epoch, flight, .. } = admission;
+        self.flights_of(worker).take_off(flight, epoch);
         self.clock.leave(worker, epoch);
     }
 
@@ -411,14 +354,14 @@ impl Machine {
     }
 
     /// Closes the open epoch on all disks and returns it, once its writes have completed. The next
-    /// epoch is at least `minimum`.
+    /// epoch is at least `minimum`. Until the closed one is sealed or given up its blocks are kept as they are.
     ///
     /// # Errors
     ///
     /// `State`: an epoch is closed already, or writes do not complete in time (the epoch is then
-    /// merged into the next). `Invalid`: no epoch has such a number. `Io`: a superblock cannot be
-    /// synced; the epoch is closed all the same.
-    pub fn cut(&self, minimum: Epoch, drain_timeout: Duration) -> Result<Epoch> {
+    /// merged into the next). `Invalid`: no epoch has such a number. `Io`: a preserve file cannot be written,
+    /// or a superblock cannot be synced; then the epoch is closed all the same.
+    pub fn cut(&self, minimum: Epoch, keep: Keep, drain_timeout: Duration) -> Result<Epoch> {
         let _moving = self.begin()?;
         if let Some(closed) = self.closed() {
             return Err(Error::new(
@@ -433,35 +376,62 @@ impl Machine {
                 format!("No epoch after {closing} can have the number {minimum} or a higher one"),
             )
         })?;
-        let stuck = || {
-            Error::new(
-                ErrorKind::State,
-                format!(
-                    "Writes of epoch {closing} did not complete in {} s: try again",
-                    drain_timeout.as_secs()
-                ),
-            )
-        };
         // A cut that gave up earlier may have left writes of the parity that comes next.
         if !self.clock.drain(next, drain_timeout) {
-            return Err(stuck());
+            return Err(stuck(closing, drain_timeout));
         }
+        let mut frozen = Vec::new();
         for disk in &self.disks {
-            disk.filters[(next.0 & 1) as usize].clear()?;
+            frozen.push(disk.prepare(closing, keep == Keep::All)?);
+        }
+        for (disk, frozen) in self.disks.iter().zip(frozen) {
+            disk.clear(next)?;
             disk.journal.gather_alarms(closing, next);
+            disk.freeze(frozen);
         }
         reached(Place::CutAfterGatherBeforeAdvance);
         self.clock.advance(next);
+        let closed = self.close_epoch(closing, next, drain_timeout);
+        if closed.is_err() && self.closed() != Some(closing) {
+            self.merge(closing, Failure::GivenUp);
+        }
+        closed.map(|()| closing)
+    }
+
+    /// The rest of a cut, while writes of the next epoch go on.
+    fn close_epoch(&self, closing: Epoch, next: Epoch, drain_timeout: Duration) -> Result<()> {
+        self.clock.settle(closing);
+        let frozen: Vec<_> = self.disks.iter().map(TrackedDisk::frozen).collect();
+        for frozen in frozen.iter().flatten() {
+            frozen.settle();
+        }
+        for (disk, frozen) in self.disks.iter().zip(&frozen) {
+            if let Some(frozen) = frozen {
+                disk.publish(frozen)?;
+            }
+        }
         reached(Place::CutAfterAdvanceBeforeUpdate);
         if !self.clock.drain(closing, drain_timeout) {
-            self.merged.fetch_add(1, Ordering::Relaxed);
-            return Err(stuck());
+            return Err(stuck(closing, drain_timeout));
         }
         self.update(|state| {
             state.open = closing;
             state.cut(next);
-        })?;
-        Ok(closing)
+        })
+    }
+
+    /// A closed epoch is given up: its changes belong to the open one.
+    fn merge(&self, epoch: Epoch, why: Failure) {
+        self.merged.fetch_add(1, Ordering::Relaxed);
+        for disk in &self.disks {
+            disk.carry(epoch);
+            disk.thaw(Some(why));
+        }
+    }
+
+    /// What belongs to a closed epoch of a disk.
+    fn members(&self, disk: usize, epoch: Epoch) -> Option<Members<'_>> {
+        Some(self.disks.get(disk)?.members(epoch))
     }
 
     /// The closed epoch is durable in the spool. May be repeated.
@@ -478,7 +448,12 @@ impl Machine {
         if self.closed() != Some(epoch) {
             return Err(self.not_closed(epoch));
         }
-        self.update(|state| state.seal(epoch))
+        self.update(|state| state.seal(epoch))?;
+        for disk in &self.disks {
+            disk.set_down(epoch)?;
+            disk.thaw(None);
+        }
+        Ok(())
     }
 
     /// The closed epoch is given up: its changes belong to the open one. May be repeated.
@@ -494,7 +469,7 @@ impl Machine {
             return Err(self.not_closed(epoch));
         }
         if closed.is_some() {
-            self.merged.fetch_add(1, Ordering::Relaxed);
+            self.merge(epoch, Failure::GivenUp);
         }
         self.update(|state| state.closed = None)
     }
@@ -523,7 +498,14 @@ impl Machine {
                 format!("Epoch {epoch} is not sealed and cannot be committed"),
             ));
         }
-        self.update(|state| state.commit(epoch))
+        self.update(|state| state.commit(epoch))?;
+        let waits = |state: &EpochState| state.sealed > state.committed;
+        if !self.states().iter().any(waits) {
+            for disk in &self.disks {
+                disk.forget()?;
+            }
+        }
+        Ok(())
     }
 
     /// The spool is lost: what is not committed counts as changed in the open epoch. May be
@@ -535,8 +517,15 @@ impl Machine {
     pub fn revert(&self) -> Result<()> {
         let _moving = self.begin()?;
         let waits = |state: &EpochState| state.closed.is_some() || state.sealed > state.committed;
-        if self.states().iter().any(waits) {
-            self.merged.fetch_add(1, Ordering::Relaxed);
+        match self.closed() {
+            Some(closed) => self.merge(closed, Failure::GivenUp),
+            None if self.states().iter().any(waits) => {
+                self.merged.fetch_add(1, Ordering::Relaxed);
+            }
+            None => {}
+        }
+        for disk in &self.disks {
+            disk.take_back();
         }
         self.update(EpochState::revert)
     }
@@ -604,14 +593,12 @@ impl Machine {
         let disk = self.disks.get(disk).ok_or_else(|| {
             Error::new(ErrorKind::Missing, format!("No disk has the number {disk}"))
         })?;
-        for filter in &disk.filters {
-            filter.reach(blocks_of(size_bytes))?;
-        }
+        disk.reach(size_bytes)?;
         let epoch = self.clock.open();
         disk.journal.grow(size_bytes, epoch)?;
         let before = disk.size_bytes.load(Ordering::Acquire);
         let new = Extent::covering(before, size_bytes - before);
-        disk.filters[(epoch.0 & 1) as usize].insert(new);
+        disk.filter(epoch).insert(new);
         disk.size_bytes.store(size_bytes, Ordering::Release);
         Ok(())
     }
@@ -627,67 +614,6 @@ impl Machine {
             rates.take(sample);
         }
         self.on_each(Journal::maintain)
-    }
-
-    /// The epochs, disks and journals.
-    pub fn status(&self) -> MachineStatus {
-        let states = self.states();
-        let lowest = |of: fn(&EpochState) -> Epoch| states.iter().map(of).min().unwrap_or_default();
-        MachineStatus {
-            open: self.clock.open(),
-            closed: states.iter().filter_map(|state| state.closed).max(),
-            sealed: lowest(|state| state.sealed),
-            committed: lowest(|state| state.committed),
-            epochs_merged: self.merged.load(Ordering::Relaxed),
-            disks: self
-                .disks
-                .iter()
-                .zip(&states)
-                .map(|(d, s)| self.disk_status(d, s))
-                .collect(),
-        }
-    }
-
-    fn disk_status(&self, disk: &TrackedDisk, state: &EpochState) -> DiskStatus {
-        let open = self.clock.open();
-        let count = |epoch: Epoch| disk.filters[(epoch.0 & 1) as usize].count();
-        let ring = disk.journal.ring();
-        let (capacity, used) = (ring.capacity(), ring.used());
-        let (sample, rates) = disk.sample();
-        let rate = rates.up_to(sample);
-        let intents = disk.journal.intent_status();
-        DiskStatus {
-            name: disk.spec.name.clone(),
-            image: disk.spec.image.clone(),
-            journal: disk.spec.journal.clone(),
-            journal_id: disk.journal.id(),
-            size_bytes: disk.size_bytes.load(Ordering::Acquire),
-            resync: state.resync,
-            open_dirty_blocks: count(open),
-            closed_dirty_blocks: state.closed.map_or(0, count),
-            ring_capacity_records: capacity,
-            ring_used_records: used,
-            ring_fill_percent: used * 100 / capacity,
-            records_per_second: rate.written,
-            folded_per_second: rate.folded,
-            ring_full_in_seconds: rate.seconds_until(capacity.saturating_sub(used)),
-            checkpoint_sets: disk.journal.sets_in_use(),
-            records_written: disk.journal.records_written(),
-            records_elided: disk.elided.load(Ordering::Relaxed),
-            folds: disk.journal.folds(),
-            ring_overflowing: disk.journal.is_overflowing(),
-            coarse_changes: disk.journal.coarse_changes(),
-            coarse_units: disk.journal.overflow_units(),
-            ring_syncs: disk.journal.syncs(),
-            journal_replacements: disk.journal.replacements(),
-            intent_regions_max: intents.capacity,
-            intent_regions: intents.armed,
-            intent_commits: intents.commits,
-            intent_waits: intents.waits,
-            intent_evictions: intents.evictions,
-            power_cut_unsafe: disk.journal.is_unsafe(),
-            unserved_change: disk.unserved_change.clone(),
-        }
     }
 
     /// Makes every sync of a journal fail from now on, or succeed again.

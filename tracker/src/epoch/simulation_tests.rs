@@ -14,6 +14,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::extent::BLOCK_SIZE;
+use crate::extent::blocks_of;
 use crate::failpoint::watching;
 use crate::journal::format::EPOCH_MAX;
 use crate::journal::reader::JournalReader;
@@ -38,6 +39,7 @@ fn open(folder: &Path, ring_bytes: u64, sizes: [u64; DISKS]) -> Machine {
         size_bytes: sizes[disk],
         identity: [1; 16],
         seen: None,
+        preserve: None,
     });
     let options = MachineOptions {
         workers: 4,
@@ -45,6 +47,7 @@ fn open(folder: &Path, ring_bytes: u64, sizes: [u64; DISKS]) -> Machine {
         intent_regions: 64,
         rebuild: false,
         tracking: true,
+        preserve_budget_bytes: 0,
     };
     Machine::open(specs.collect(), &options).unwrap().0
 }
@@ -155,10 +158,10 @@ impl World {
                         first_block: block,
                         block_count: 1,
                     };
-                    let Admission { epoch, .. } =
-                        self.machine.admit(1, disk, extent, Operation::Write);
+                    let admission = self.machine.admit(1, disk, extent, Operation::Write);
+                    let epoch = admission.epoch;
                     self.changes[disk].entry(epoch.0).or_default().insert(block);
-                    self.machine.complete(1, epoch);
+                    self.machine.complete(1, admission);
                     // A full ring would make every block count, and hide what is lost.
                     if number % 100 == 99 {
                         self.machine.maintain().unwrap();
@@ -167,7 +170,7 @@ impl World {
             }
             Step::Cut(more) => {
                 let minimum = Epoch(status.open.0 + more);
-                let cut = self.machine.cut(minimum, PATIENCE);
+                let cut = self.machine.cut(minimum, Keep::Changed, PATIENCE);
                 assert_eq!(cut.is_err(), status.closed.is_some());
             }
             Step::Seal => {
@@ -374,15 +377,15 @@ impl Storm {
                 first_block,
                 block_count,
             };
-            let Admission { epoch, .. } =
-                self.machine.admit(worker, disk, extent, Operation::Write);
+            let admission = self.machine.admit(worker, disk, extent, Operation::Write);
+            let epoch = admission.epoch;
             self.in_flight[worker].store(epoch.0, Ordering::SeqCst);
             let mut changes = self.noted[disk].lock().unwrap();
             let blocks = changes.entry(epoch.0).or_default();
             blocks.extend(extent.first_block..extent.end_block());
             drop(changes);
             self.in_flight[worker].store(0, Ordering::SeqCst);
-            self.machine.complete(worker, epoch);
+            self.machine.complete(worker, admission);
         }
     }
 
@@ -391,7 +394,10 @@ impl Storm {
         let _stop = StopOnDrop(&self.stop);
         let mut exact = 0;
         for round in 0..ROUNDS {
-            let closed = self.machine.cut(Epoch::ZERO, PATIENCE).unwrap();
+            let closed = self
+                .machine
+                .cut(Epoch::ZERO, Keep::Changed, PATIENCE)
+                .unwrap();
             let busy = |of: &AtomicU64| (1..=closed.0).contains(&of.load(Ordering::SeqCst));
             assert!(
                 !self.in_flight.iter().any(busy),

@@ -19,6 +19,7 @@ fn machine(folder: &Path, names: &[&str]) -> Machine {
         size_bytes: BLOCKS * BLOCK_SIZE,
         identity: [1; 16],
         seen: None,
+        preserve: None,
     });
     let options = MachineOptions {
         workers: 4,
@@ -26,6 +27,7 @@ fn machine(folder: &Path, names: &[&str]) -> Machine {
         intent_regions: 64,
         rebuild: false,
         tracking: true,
+        preserve_budget_bytes: 0,
     };
     Machine::open(specs.collect(), &options).unwrap().0
 }
@@ -39,13 +41,13 @@ fn change(machine: &Machine, disk: usize, first_block: u64) -> Epoch {
         first_block,
         block_count: 1,
     };
-    let Admission { epoch, .. } = machine.admit(0, disk, extent, Operation::Write);
-    machine.complete(0, epoch);
-    epoch
+    let admission = machine.admit(0, disk, extent, Operation::Write);
+    machine.complete(0, admission);
+    admission.epoch
 }
 
 fn cut(machine: &Machine) -> Epoch {
-    machine.cut(Epoch::ZERO, SHORT).unwrap()
+    machine.cut(Epoch::ZERO, Keep::Changed, SHORT).unwrap()
 }
 
 /// Seals and commits what counts as changed wholly in a new journal.
@@ -60,7 +62,9 @@ fn an_epoch_that_cannot_be_recorded_is_not_opened() {
     let folder = tempfile::tempdir().unwrap();
     let machine = machine(folder.path(), &["a"]);
     for minimum in [u64::MAX, u64::MAX - 1, EPOCH_MAX + 1, EPOCH_MAX] {
-        let error = machine.cut(Epoch(minimum), SHORT).unwrap_err();
+        let error = machine
+            .cut(Epoch(minimum), Keep::Changed, SHORT)
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{minimum:x}");
     }
     assert_eq!(cut(&machine), Epoch(1));
@@ -73,7 +77,7 @@ fn a_cut_whose_sync_fails_reaches_every_disk() {
     past_first_epoch(&machine);
     let epoch = change(&machine, 2, 5);
     machine.disks[0].journal.set_failing(true);
-    let error = machine.cut(Epoch::ZERO, SHORT).unwrap_err();
+    let error = machine.cut(Epoch::ZERO, Keep::Changed, SHORT).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Io);
     for disk in &machine.disks {
         let state = disk.journal.watermarks();
@@ -126,7 +130,7 @@ fn another_file_takes_the_place_of_a_journal_whose_sync_failed() {
     let old = reader(&machine, 0);
     let first = change(&machine, 0, 5);
     machine.disks[0].journal.set_failing(true);
-    assert!(machine.cut(Epoch::ZERO, SHORT).is_err());
+    assert!(machine.cut(Epoch::ZERO, Keep::Changed, SHORT).is_err());
     change(&machine, 0, 7000);
     assert!(machine.status().disks[0].power_cut_unsafe);
     machine.disks[0].journal.set_failing(false);
@@ -216,20 +220,26 @@ fn a_cut_that_gives_up_waiting_is_made_up_for_by_the_next() {
         first_block: 9,
         block_count: 1,
     };
-    let Admission { epoch: slow, .. } = machine.admit(1, 0, extent, Operation::Write);
+    let slow = machine.admit(1, 0, extent, Operation::Write);
     assert_eq!(
-        machine.cut(Epoch::ZERO, SHORT).unwrap_err().kind(),
+        machine
+            .cut(Epoch::ZERO, Keep::Changed, SHORT)
+            .unwrap_err()
+            .kind(),
         ErrorKind::State
     );
     change(&machine, 0, 20);
     // The write of the epoch before is still in flight, and its filter is still needed.
     assert_eq!(
-        machine.cut(Epoch::ZERO, SHORT).unwrap_err().kind(),
+        machine
+            .cut(Epoch::ZERO, Keep::Changed, SHORT)
+            .unwrap_err()
+            .kind(),
         ErrorKind::State
     );
     machine.complete(1, slow);
     let closed = cut(&machine);
-    assert!(closed > slow);
+    assert!(closed > slow.epoch);
     let reader = reader(&machine, 0);
     let dirty = reader.dirty(Epoch(1), closed).unwrap();
     let blocks: Vec<u64> = dirty.extents().map(|e| e.unwrap().first_block).collect();
@@ -245,7 +255,7 @@ fn every_write_leaves_its_time_also_one_that_needs_no_record() {
     let machine = machine(folder.path(), &["a"]);
     let stirred = || {
         let mut text = Vec::new();
-        journal::dump(&machine.disks[0].spec.journal, &mut text).unwrap();
+        crate::journal::dump(&machine.disks[0].spec.journal, &mut text).unwrap();
         String::from_utf8(text).unwrap().contains("written since")
     };
     let look = || machine.keep_time(0, Moment::now(Time(7)));

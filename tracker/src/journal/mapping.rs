@@ -94,17 +94,17 @@ impl LazyWords {
     }
 }
 
-/// A page of memory that lies where direct I/O wants it.
+/// Whole pages of memory, which lie where direct I/O wants them.
 #[derive(Debug)]
 pub struct PageBuffer {
     map: MmapMut,
 }
 
 impl PageBuffer {
-    /// A page of zeroes.
-    pub fn new() -> io::Result<Self> {
+    /// So many bytes, which are zero.
+    pub fn new(bytes: usize) -> io::Result<Self> {
         Ok(Self {
-            map: MmapMut::map_anon(super::format::PAGE_BYTES)?,
+            map: MmapMut::map_anon(bytes)?,
         })
     }
 

@@ -7,7 +7,7 @@ pub mod format;
 
 pub mod state;
 
-mod mapping;
+pub(crate) mod mapping;
 
 mod words;
 
@@ -47,7 +47,7 @@ mod evidence;
 
 mod report;
 
-mod recovery;
+pub(crate) mod recovery;
 
 pub mod reader;
 

@@ -356,9 +356,12 @@ impl Journal {
 
     /// Random number of this journal, as 32 hexadecimal digits.
     pub fn id(&self) -> String {
-        uuid::Uuid::from_bytes(self.lock().superblock.journal_id)
-            .simple()
-            .to_string()
+        uuid::Uuid::from_bytes(self.id_bytes()).simple().to_string()
+    }
+
+    /// Random number of this journal.
+    pub fn id_bytes(&self) -> [u8; 16] {
+        self.lock().superblock.journal_id
     }
 
     /// Pages that are set in the checkpoint sets: none, one or both of them are in use.

@@ -100,6 +100,7 @@ fn the_document_names_every_field() {
                 let kind = match *kind {
                     "u64" | "Epoch" => "number",
                     "String" | "jiff::Timestamp" | "NameField" | "CheckField" => "string",
+                    "Consistency" | "Option<String>" => "string",
                     list if list.starts_with("Vec<") => "array",
                     other => panic!("a type of unknown notation: {other}"),
                 };
@@ -126,6 +127,7 @@ fn the_document_has_the_numbers_of_the_code() {
         spaced(&crate::vault::manifest::MAGIC),
         format!("header      {HEADER_BYTES} bytes"),
         format!("the last {FOOTER_BYTES} bytes"),
+        format!("{} bytes at most", crate::vault::manifest::REASON_BYTES_MAX),
         format!("blocks in the frame, 1 to {FRAME_BLOCKS_MAX} "),
         format!("{} MiB at most", DIRECTORY_BYTES_MAX >> 20),
         format!(

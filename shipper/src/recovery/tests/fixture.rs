@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tracker::extent::Epoch;
 
-use super::site::{Changes, Content, MACHINE, apply, blocks, put_manifest, put_segment};
+use super::site::{Changes, Content, MACHINE, apply, blocks, put_consistent, put_segment};
 use crate::recovery::restore::{RestoreOptions, restore};
 use crate::recovery::verify::{VerifyOptions, verify};
 use crate::segment::codec::Codec;
@@ -13,6 +13,7 @@ use crate::segment::format::SegmentName;
 use crate::store::{Created, VaultUrl};
 use crate::vault::Vault;
 use crate::vault::layout::generation_key;
+use crate::vault::manifest::Consistency;
 
 /// Ten blocks and a sector.
 pub const SIZE_BYTES: u64 = 10 * 4096 + 512;
@@ -41,11 +42,21 @@ const CLAIM: &str = "{\"claimed\":\"2026-01-01T00:00:00Z\",\"holder\":\"example\
 
 /// The vault of the first version.
 pub fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vault-1")
+    fixture("vault-1")
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
 }
 
 pub fn open() -> Vault {
-    Vault::open(&format!("file://{}", folder().display())).unwrap()
+    open_at(&folder())
+}
+
+fn open_at(folder: &Path) -> Vault {
+    Vault::open(&format!("file://{}", folder.display())).unwrap()
 }
 
 /// What the segments hold: point, number, codec, changes.
@@ -81,6 +92,20 @@ fn the_vault_of_version_one_restores() {
     assert_restores(&open());
 }
 
+#[test]
+fn the_vault_with_manifests_of_version_two_restores() {
+    let vault = open_at(&fixture("vault-2"));
+    assert_restores(&vault);
+    let said = |epoch| {
+        let manifest = vault.manifest(MACHINE, Epoch(epoch)).unwrap();
+        (manifest.consistency, manifest.reason)
+    };
+    for (epoch, (consistency, reason)) in (1..).zip(CONSISTENCIES) {
+        assert_eq!(said(epoch), (consistency, reason.map(str::to_owned)));
+    }
+    assert_whole(&vault);
+}
+
 #[track_caller]
 fn assert_restores(vault: &Vault) {
     let folder = tempfile::tempdir().unwrap();
@@ -101,26 +126,34 @@ fn assert_restores(vault: &Vault) {
 
 #[test]
 fn the_vault_of_version_one_is_whole() {
+    assert_whole(&open());
+}
+
+#[track_caller]
+fn assert_whole(vault: &Vault) {
     let options = VerifyOptions {
         machine: None,
         data: true,
         threads: 2,
     };
     let mut problems = Vec::new();
-    let report = verify(&open(), &options, &mut |line| {
-        problems.push(line.to_owned())
-    })
-    .unwrap();
+    let report = verify(vault, &options, &mut |line| problems.push(line.to_owned())).unwrap();
     assert_eq!(problems, Vec::<String>::new());
     assert_eq!((report.points, report.segments), (2, 3));
 }
 
-/// The same vault as this program writes it. A new version of the format gets a fixture of its own,
+/// What the manifests of version two say.
+const CONSISTENCIES: [(Consistency, Option<&str>); 2] = [
+    (Consistency::Crash, Some("The guest agent does not answer")),
+    (Consistency::Application, None),
+];
+
+/// The same vault as this program writes it, with manifests of the newest version. A new version of the format gets a fixture of its own,
 /// made by keeping what this writes.
 fn write_vault(folder: &Path) -> Vault {
     VaultUrl::Folder(folder.to_owned()).prepare().unwrap();
     fs::write(folder.join("vault.json"), VAULT_FILE).unwrap();
-    let vault = Vault::open(&format!("file://{}", folder.display())).unwrap();
+    let vault = open_at(folder);
     let created = vault
         .store()
         .create(&generation_key(MACHINE, 1), CLAIM.into());
@@ -144,16 +177,19 @@ fn write_vault(folder: &Path) -> Vault {
             &changes,
         ));
     }
-    put_manifest(
+    let [first, second] = CONSISTENCIES;
+    put_consistent(
         &vault,
         Epoch(1),
         Epoch::ZERO,
+        first,
         &[("disk", SIZE_BYTES, &segments[..1])],
     );
-    put_manifest(
+    put_consistent(
         &vault,
         Epoch(2),
         Epoch(1),
+        second,
         &[("disk", SIZE_BYTES, &segments)],
     );
     vault

@@ -20,7 +20,7 @@ use crate::store::Created;
 use crate::vault::Vault;
 use crate::vault::layout::manifest_key;
 use crate::vault::layout::segment_key;
-use crate::vault::manifest::{DiskPoint, Manifest};
+use crate::vault::manifest::{Consistency, DiskPoint, Manifest};
 
 /// The machine of all tests.
 pub const MACHINE: &str = "machine";
@@ -239,6 +239,17 @@ pub fn put_manifest(
     previous: Epoch,
     disks: &[(&str, u64, &[SegmentRef])],
 ) {
+    put_consistent(vault, epoch, previous, (Consistency::Crash, None), disks);
+}
+
+/// The same, and for whom it is consistent.
+pub fn put_consistent(
+    vault: &Vault,
+    epoch: Epoch,
+    previous: Epoch,
+    (consistency, reason): (Consistency, Option<&str>),
+    disks: &[(&str, u64, &[SegmentRef])],
+) {
     let disks = disks.iter().map(|(name, size_bytes, segments)| DiskPoint {
         name: (*name).to_owned(),
         size_bytes: *size_bytes,
@@ -254,6 +265,8 @@ pub fn put_manifest(
         epoch,
         previous,
         created: jiff::Timestamp::UNIX_EPOCH,
+        consistency,
+        reason: reason.map(str::to_owned),
         disks: disks.collect(),
     };
     let bytes = manifest.encode(vault.keys()).unwrap();

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use super::storage::{Down, Rng};
 use super::{Break, Mode};
 use crate::epoch::{Admission, Era, Machine, Operation, Waiter};
-use crate::extent::{BLOCK_SIZE, Epoch, Extent};
+use crate::extent::{BLOCK_SIZE, Extent};
 
 const MIB: u64 = 1 << 20;
 const REGION_BLOCKS: u64 = MIB / BLOCK_SIZE;
@@ -157,7 +157,7 @@ struct Write {
     extent: Extent,
     /// For each block in the extent that is looked at.
     contents: Vec<u32>,
-    epoch: Epoch,
+    admission: Admission,
     stage: Stage,
 }
 
@@ -294,7 +294,7 @@ impl Guest {
             disk: plan.disk,
             extent: plan.extent,
             contents: plan.contents,
-            epoch: admission.epoch,
+            admission,
             stage,
         });
         if stage == Stage::Submitted && self.rng.once_in(2) {
@@ -325,7 +325,7 @@ impl Guest {
         for index in disk.within(write.extent) {
             disk.cells[index].answer(write.token);
         }
-        machine.complete(0, write.epoch);
+        machine.complete(0, write.admission);
     }
 
     /// Those that were woken look whether they may go on.
@@ -452,6 +452,6 @@ pub fn burst(guest: &std::cell::RefCell<Guest>, machine: &Machine) {
             block_count: 1,
         };
         let admission = machine.admit(0, disk, extent, Operation::Write);
-        machine.complete(0, admission.epoch);
+        machine.complete(0, admission);
     }
 }

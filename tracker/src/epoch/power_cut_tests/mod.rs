@@ -34,7 +34,7 @@ enum Break {
     /// The fingerprints are not synced before an epoch is released.
     FingerprintBeforeDurable,
     /// An epoch is captured of disks that were not synced after its cut.
-    CaptureBeforeDiskDurable,
+    SealBeforeDiskDurable,
     /// A rule of the tracker.
     Product(Canary),
 }
@@ -44,7 +44,7 @@ const BREAKS: [Break; 7] = [
     Break::DataBeforeRecord,
     Break::ReleaseByBit,
     Break::FingerprintBeforeDurable,
-    Break::CaptureBeforeDiskDurable,
+    Break::SealBeforeDiskDurable,
     Break::Product(Canary::WatermarkBeforeSync),
     Break::Product(Canary::ChainBeforeSuspectsDurable),
 ];

@@ -14,7 +14,7 @@ use super::guest::{self, Guest};
 use super::shipper::{Checked, DRAIN, Request, Shipper};
 use super::storage::{Down, Frame, Rng, Storage, journal_path};
 use super::{Break, Mode, Violation};
-use crate::epoch::{DiskSpec, Machine, MachineOptions};
+use crate::epoch::{DiskSpec, Keep, Machine, MachineOptions};
 use crate::extent::Epoch;
 use crate::failpoint::{Event, Place, failing, set_boot, set_canary, watching_all};
 use crate::journal::format::{INTENT_OFFSET, INTENT_PAGES_RANGE, PAGE_BYTES, Superblock};
@@ -304,6 +304,7 @@ impl World {
                 intent_regions: [2, 8, 16, 64, 800][rng.index(5)],
                 rebuild: false,
                 tracking: true,
+                preserve_budget_bytes: 0,
             },
             storage: Rc::new(RefCell::new(storage)),
             guest: Rc::new(RefCell::new(guest)),
@@ -363,6 +364,7 @@ impl World {
             size_bytes: known.size_bytes,
             identity: [1; 16],
             seen: None,
+            preserve: None,
         };
         guest.disks.iter().enumerate().map(spec).collect()
     }
@@ -704,6 +706,11 @@ impl World {
         drop(machine);
         match request {
             Request::Cut(_) => self.guest.borrow_mut().note_cut(),
+            // The tracker makes the disks durable before it lets go of anything.
+            Request::Seal(_) if !self.mode.breaks(Break::SealBeforeDiskDurable) => {
+                let mut guest = self.guest.borrow_mut();
+                guest.disks.iter_mut().for_each(guest::Disk::flush);
+            }
             // What was sealed and is lost counts no more, whether the answer comes or not.
             Request::Revert => self.answered[1] = self.answered[2],
             _ => {}
@@ -713,15 +720,6 @@ impl World {
         });
         let Some(answer) = answer else { return };
         self.say(|| format!("  {answer:?}"));
-        if let (Request::Cut(_) | Request::CutForScan(_), Some(_)) = (request, answer)
-            && !self.mode.breaks(Break::CaptureBeforeDiskDurable)
-        {
-            self.guest
-                .borrow_mut()
-                .disks
-                .iter_mut()
-                .for_each(guest::Disk::flush);
-        }
         let Some(machine) = self.machine.clone() else {
             return;
         };
@@ -764,7 +762,9 @@ impl World {
 fn ask(machine: &Machine, request: Request) -> Option<Epoch> {
     let done = |epoch: Epoch, result: crate::error::Result<()>| result.ok().map(|()| epoch);
     match request {
-        Request::Cut(minimum) | Request::CutForScan(minimum) => machine.cut(minimum, DRAIN).ok(),
+        Request::Cut(minimum) | Request::CutForScan(minimum) => {
+            machine.cut(minimum, Keep::Changed, DRAIN).ok()
+        }
         Request::Seal(epoch) => done(epoch, machine.seal(epoch)),
         Request::Abandon(epoch) | Request::AbandonForScan(epoch) => {
             done(epoch, machine.abandon(epoch))

@@ -126,7 +126,7 @@ impl IntentLog {
         Ok(Self {
             file: open_durable(path)?,
             place,
-            page: PageBuffer::new()?,
+            page: PageBuffer::new(PAGE_BYTES)?,
             next,
             chain: next,
             slots: vec![NO_REGION; slots as usize],

@@ -1,0 +1,243 @@
+//! The shipper's side of a preserve file.
+//!
+//! Order for blocks of the epoch: they are read from the disk; [`PreserveReader::settle`] puts the preserved ones in
+//! their place and tells the tracker that all of them are in our hands; then their copies may be given back. A hole is read by
+//! looking for it, so [`PreserveReader::split_hole`] comes after that.
+//!
+//! When every block is settled, [`PreserveReader::failure`] says whether the protocol held until then.
+//!
+//! What it does not handle: whether the epoch is still closed; the journal knows.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::area::read_subject;
+use super::format::{Failure, Layout, Map, Subject, WORD_FAILURE, WORD_RELEASED};
+use super::protocol;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{BLOCK_SIZE, Epoch, Extent};
+use crate::journal::mapping::SharedWords;
+
+/// The preserve file of a disk whose epoch is captured.
+#[derive(Debug)]
+pub struct PreserveReader {
+    path: PathBuf,
+    file: File,
+    words: SharedWords,
+    subject: Subject,
+    layout: Layout,
+}
+
+impl PreserveReader {
+    /// Opens the preserve file of an epoch. `journal_id` are the 32 hexadecimal digits of the journal.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is of something else.
+    pub fn open(path: &Path, journal_id: &str, epoch: Epoch) -> Result<Self> {
+        let shown = path.display();
+        let failed = |error| Error::io(format!("Cannot open preserve file {shown}"), error);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(failed)?;
+        let subject = read_subject(&file, path)?;
+        let journal = uuid::Uuid::from_bytes(subject.journal_id)
+            .simple()
+            .to_string();
+        if subject.epoch != epoch || journal != journal_id {
+            return Err(Error::new(
+                ErrorKind::Mismatch,
+                format!(
+                    "Preserve file {shown} is of epoch {} of journal {journal}, not of epoch {epoch} of \
+                     {journal_id}",
+                    subject.epoch
+                ),
+            ));
+        }
+        let layout = Layout::of(subject.size_bytes);
+        Ok(Self {
+            words: SharedWords::writable(&file, layout.data_offset()).map_err(failed)?,
+            path: path.to_owned(),
+            file,
+            subject,
+            layout,
+        })
+    }
+
+    /// Size in bytes of the disk at the cut.
+    pub fn size_bytes(&self) -> u64 {
+        self.subject.size_bytes
+    }
+
+    fn word(&self, map: Map, index: u64) -> Option<&AtomicU64> {
+        let first = self.layout.map_offset(map) / 8;
+        (index < self.layout.map_words())
+            .then(|| self.words.words().get((first + index) as usize))?
+    }
+
+    fn bits(&self, map: Map, index: u64) -> u64 {
+        self.word(map, index)
+            .map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// The blocks of an extent that belong to the epoch: with `hot` those of them that were written more than
+    /// once, without it the others. In ascending order.
+    pub fn changed(&self, extent: Extent, hot: bool) -> impl Iterator<Item = Extent> + '_ {
+        runs(extent, move |index| {
+            let changed = self.bits(Map::Changed, index);
+            let often = self.bits(Map::Hot, index);
+            changed & if hot { often } else { !often }
+        })
+    }
+
+    /// Why the epoch is given up, if it is. Asked for when all of its blocks are settled.
+    pub fn failure(&self) -> Option<Failure> {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        Failure::from_word(self.words.words()[WORD_FAILURE].load(Ordering::Acquire))
+    }
+
+    /// Blocks that were a hole of the disk a moment ago: those that are one in the epoch (`true`) are settled; the
+    /// others are preserved, and have to be taken from there as if they had been read.
+    pub fn split_hole(&self, extent: Extent) -> Vec<(Extent, bool)> {
+        let mut parts = Vec::new();
+        let mut next = extent.first_block;
+        let preserved = runs(extent, |index| {
+            let found = self.word(Map::Preserved, index);
+            found.map_or(0, |word| protocol::to_take(u64::MAX, word))
+        });
+        for run in preserved.chain([Extent {
+            first_block: extent.end_block(),
+            block_count: 0,
+        }]) {
+            let zero = Extent {
+                first_block: next,
+                block_count: run.first_block - next,
+            };
+            if zero.block_count > 0 {
+                self.mark_captured(zero);
+                parts.push((zero, true));
+            }
+            if run.block_count > 0 {
+                parts.push((run, false));
+            }
+            next = run.end_block();
+        }
+        parts
+    }
+
+    /// Blocks that were read from the disk into `bytes` a moment ago: puts those that are preserved in their place, and
+    /// tells the tracker that all are captured. Returns those that were preserved.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn settle(&self, extent: Extent, bytes: &mut [u8]) -> Result<Vec<Extent>> {
+        let preserved: Vec<Extent> = runs(extent, |index| {
+            let found = self.word(Map::Preserved, index);
+            found.map_or(0, |word| protocol::to_take(u64::MAX, word))
+        })
+        .collect();
+        for run in &preserved {
+            let start = ((run.first_block - extent.first_block) * BLOCK_SIZE) as usize;
+            let target = &mut bytes[start..start + run.length_bytes() as usize];
+            let offset = self.layout.data_offset() + run.offset_bytes();
+            self.file.read_exact_at(target, offset).map_err(|error| {
+                Error::io(
+                    format!("Cannot read preserve file {}", self.path.display()),
+                    error,
+                )
+            })?;
+        }
+        self.mark_captured(extent);
+        Ok(preserved)
+    }
+
+    fn mark_captured(&self, extent: Extent) {
+        for (index, mask) in extent.words() {
+            // Elsewhere the map may have a hole, which must not be stored to.
+            let mask = mask & self.bits(Map::Changed, index);
+            if let Some(captured) = self.word(Map::Captured, index).filter(|_| mask != 0) {
+                protocol::taken(mask, captured);
+            }
+        }
+    }
+
+    /// Gives the room of copies back that were taken.
+    pub fn give_back(&self, extent: Extent) {
+        // A frozen view may still be looked at.
+        if self.subject.all {
+            return;
+        }
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let offset = self.layout.data_offset() + extent.offset_bytes();
+        let length = extent.length_bytes();
+        // Where there are no holes the file is removed soon, and its room counts until then.
+        if fallocate(&self.file, mode, offset as i64, length as i64).is_ok() {
+            self.words.words()[WORD_RELEASED].fetch_add(length, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Runs of blocks of an extent whose bits are set.
+fn runs(extent: Extent, bits: impl Fn(u64) -> u64) -> impl Iterator<Item = Extent> {
+    let mut words = extent.words();
+    let mut current = (0, 0);
+    let mut pending: Option<Extent> = None;
+    std::iter::from_fn(move || {
+        loop {
+            if current.1 == 0 {
+                match words.next() {
+                    Some((index, mask)) => current = (index, mask & bits(index)),
+                    None => return pending.take(),
+                }
+                continue;
+            }
+            let first = u64::from(current.1.trailing_zeros());
+            let count = u64::from((current.1 >> first).trailing_ones());
+            current.1 &= !((u64::MAX >> (64 - count)) << first);
+            let run = Extent {
+                first_block: current.0 * 64 + first,
+                block_count: count,
+            };
+            match &mut pending {
+                Some(last) if last.end_block() == run.first_block => last.block_count += count,
+                _ => {
+                    if let Some(done) = pending.replace(run) {
+                        return Some(done);
+                    }
+                }
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_are_the_bits_that_are_set(
+            words in prop::collection::vec(prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 1..6),
+            first in 0u64..200, count in 0u64..300,
+        ) {
+            let is_set = |block: u64| {
+                words.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
+            };
+            let extent = Extent { first_block: first, block_count: count };
+            let found: Vec<Extent> =
+                runs(extent, |index| words.get(index as usize).copied().unwrap_or(0)).collect();
+            let blocks: Vec<u64> = found.iter().flat_map(|run| run.first_block..run.end_block()).collect();
+            let expected: Vec<u64> = (first..first + count).filter(|&block| is_set(block)).collect();
+            prop_assert_eq!(blocks, expected);
+            prop_assert!(found.windows(2).all(|pair| pair[0].end_block() < pair[1].first_block));
+        }
+    }
+}
