@@ -7,6 +7,9 @@
 //! disk, and a recovery point of it, restored, must be equal to the disk.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "failpoints/copies.rs"]
+mod copies;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::ops::Range;
@@ -75,6 +78,8 @@ enum Way {
     Point,
     /// A recovery point of a journal with a checkpoint.
     FoldedPoint,
+    /// A write to a block of an epoch that is closed.
+    Overwrite,
     /// The disk grows.
     Grow,
     /// The disk grows so much that the checkpoint moves.
@@ -113,6 +118,8 @@ const BEFORE_DATA: &[&str] = &[
     "WriteAfterWaitBeforeData",
     "IntentAfterPlanBeforeWrite",
     "IntentAfterWriteBeforeDurable",
+    "CopyAfterReadBeforeWrite",
+    "CopyAfterWriteBeforeMark",
 ];
 
 /// Places behind a guest's back: arming, the background sync and folding.
@@ -142,6 +149,7 @@ const OF_POINTS: &[(&str, Way)] = &[
     ("UpdateAfterSyncBeforeTail", Way::Point),
     ("UpdateAfterAlarmBeforePunch", Way::Point),
     ("CutAfterGatherBeforeAdvance", Way::Point),
+    ("CutAfterSettleBeforeMaps", Way::Point),
     ("CutAfterAdvanceBeforeUpdate", Way::Point),
     ("MachineAfterDiskBeforeNext", Way::Point),
 ];
@@ -203,6 +211,8 @@ const FAILING: &[&str] = &[
     "ReplaceAfterCopyBeforeRename",
     "ReplaceAfterSwitchBeforeFolder",
     "GrowAfterCopyBeforeSync",
+    "CutAfterSettleBeforeMaps",
+    "CopyAfterReadBeforeWrite",
 ];
 
 /// A protected machine under the programs with failpoints.
@@ -401,6 +411,7 @@ impl Rig {
             Way::ManyRegions => self.new_regions(20),
             Way::Fold => self.next_blocks(BURST.folds),
             Way::Fill => self.next_blocks(BURST.fills),
+            Way::Overwrite => self.close_over_new_blocks(1).1,
             Way::Point => return self.begin_command("shipper", &["cut", "--config"]),
             Way::FoldedPoint => {
                 self.fold();
@@ -432,8 +443,13 @@ impl Rig {
     fn finish(&mut self, running: Running, dead: impl Fn(&mut Self) -> bool) {
         match running {
             Running::Guest(guest) => {
-                for written in guest.finish() {
+                let (written, lost) = guest.finish();
+                for written in written {
                     self.acknowledge(written);
+                }
+                let deadline = Instant::now() + PATIENCE;
+                while lost && !dead(self) {
+                    assert!(Instant::now() < deadline, "a guest lost its tracker");
                 }
             }
             Running::Command(mut child) => {
@@ -524,7 +540,7 @@ fn release(pipe: &Path) {
 }
 
 /// A thread that writes until it is done or has lost its tracker.
-struct Guest(JoinHandle<Vec<(u64, u32)>>);
+struct Guest(JoinHandle<(Vec<(u64, u32)>, bool)>);
 
 impl Guest {
     fn start(site: &Site, plan: Vec<(u64, u32)>, way: Way) -> Self {
@@ -532,12 +548,12 @@ impl Guest {
         Self(std::thread::spawn(move || {
             let mut written = Vec::new();
             let Ok(mut client) = Client::unix(&socket, "disk") else {
-                return written;
+                return (written, true);
             };
             for one in plan {
                 match send(&mut client, one) {
                     Ok(()) => written.push(one),
-                    Err(Failure::Lost(_)) => return written,
+                    Err(Failure::Lost(_)) => return (written, true),
                     Err(refused) => panic!("a write failed: {refused:?}"),
                 }
             }
@@ -549,11 +565,12 @@ impl Guest {
             if let Err(Failure::Refused(error)) = last {
                 panic!("refused: {error}");
             }
-            written
+            (written, last.is_err())
         }))
     }
 
-    fn finish(self) -> Vec<(u64, u32)> {
+    /// What was acknowledged, and whether the tracker was lost.
+    fn finish(self) -> (Vec<(u64, u32)>, bool) {
         self.0.join().unwrap()
     }
 }
@@ -1120,6 +1137,7 @@ fn every_place_is_visited() {
         OF_WORKERS,
         OF_KEEPERS,
         OF_POINTS,
+        copies::OF_COPIES,
         OF_REPLACEMENT,
         OF_GROWTH,
         OF_READERS,

@@ -144,14 +144,19 @@ impl Place {
 pub enum Canary {
     WatermarkBeforeSync,
     ChainBeforeSuspectsDurable,
+    PreservedBeforeRead,
+    CutPerDisk,
 }
 
-/// Whether the test that runs on this thread has switched a rule off. Outside of tests never.
+/// Whether a rule is switched off: by the test that runs on this thread, or by the environment of a program that
+/// heeds it. In all others never.
 #[inline(always)]
 pub fn canary(_canary: Canary) -> bool {
     #[cfg(test)]
     return watch::canary() == Some(_canary);
-    #[cfg(not(test))]
+    #[cfg(all(feature = "failpoints", not(test)))]
+    return armed::canary() == Some(_canary);
+    #[cfg(not(any(test, feature = "failpoints")))]
     false
 }
 

@@ -37,6 +37,8 @@ use crate::vault::manifest::{DiskPoint, Manifest};
 pub(super) enum GivenUp {
     /// Something failed.
     Failed(Error),
+    /// The tracker could not keep its blocks as they were.
+    NotKept(Error),
     /// More changed than may wait for upload, or changes were lost: every block of the disk with this
     /// index is to be scanned.
     NeedsScan(usize, Reason),
@@ -81,12 +83,13 @@ impl Conductor {
             captures.push(self.begin_capture(index, reader, epoch, &folder)?);
         }
         for hot in [true, false] {
-            for capture in &mut captures {
-                self.capture_blocks(capture, epoch, hot, &budget)?;
+            for index in 0..captures.len() {
+                self.capture_blocks(&mut captures[index], epoch, hot, &budget)?;
+                // The rest of an epoch that is given up is not worth the trouble. The last look is the one that counts.
+                captures
+                    .iter()
+                    .try_for_each(|capture| check_whole(capture, epoch))?;
             }
-        }
-        for capture in &captures {
-            check_whole(capture, epoch)?;
         }
         let mut disks = Vec::new();
         let mut captured = Vec::new();
@@ -202,9 +205,15 @@ impl Conductor {
             dirty_blocks.fetch_add(count, Ordering::Relaxed);
         });
         let pieces = settle_holes(disk.source.pieces(extents), frozen);
-        run(&disk.source, Batches::new(pieces), &settings, |captured| {
-            roll.take(&captured, budget)
-        })?;
+        run(
+            &disk.source,
+            Batches::new(pieces),
+            &settings,
+            |captured| match frozen.failure() {
+                Some(_) => Ok(Flow::Stop),
+                None => roll.take(&captured, budget),
+            },
+        )?;
         if roll.over_budget {
             return Err(GivenUp::NeedsScan(index, Reason::Overrun));
         }
@@ -247,11 +256,11 @@ impl Conductor {
 }
 
 /// Whether what was captured of a disk is the epoch, all of it, as it was at the cut.
-fn check_whole(capture: &Capture<'_>, epoch: Epoch) -> Result<()> {
+fn check_whole(capture: &Capture<'_>, epoch: Epoch) -> std::result::Result<(), GivenUp> {
     let given_up = |why: &str| {
         let name = &capture.roll.conductor.disks[capture.index].config.name;
         let what = format!("Recovery point {epoch} is given up at disk {name}: {why}");
-        Error::new(ErrorKind::State, what)
+        GivenUp::NotKept(Error::new(ErrorKind::State, what))
     };
     // Asked in this order: a tracker that gives an epoch up says so before it lets a guest overwrite its blocks.
     if let Some(failure) = capture.frozen.failure() {

@@ -43,8 +43,6 @@ use crate::vault::{Vault, generation};
 
 /// Longest pause before the tracker is looked for again.
 const TRACKER_PAUSE_MAX: Duration = Duration::from_secs(2);
-/// Time that a wanted recovery point survives trouble before those who wait are told.
-const CUT_PATIENCE: Duration = Duration::from_secs(5);
 /// Pause while the spool is over its budget.
 pub(super) const BUDGET_PAUSE: Duration = Duration::from_millis(200);
 
@@ -339,18 +337,20 @@ impl Conductor {
         self.board.note(part, Some(&error));
         self.link = None;
         self.enter(Phase::Connecting);
-        // A tracker that has just been restarted is found in time.
-        let (late, still): (Vec<_>, Vec<_>) = self
-            .cuts
-            .drain(..)
-            .partition(|wish| wish.since.elapsed() >= CUT_PATIENCE);
+        self.tell_late(&error);
+        Ok(())
+    }
+
+    /// Tells those who have waited for a recovery point for long enough what keeps it from being made. A tracker
+    /// that has just been restarted is found in time.
+    pub(super) fn tell_late(&mut self, error: &Error) {
+        let (late, still): (Vec<_>, Vec<_>) = self.cuts.drain(..).partition(Wish::is_late);
         self.cuts = still;
         for wish in late {
             let _left = wish
                 .reply
                 .send(Err(Error::new(error.kind(), error.chain())));
         }
-        Ok(())
     }
 
     pub(super) fn enter(&self, phase: Phase) {

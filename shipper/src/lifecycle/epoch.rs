@@ -9,11 +9,14 @@
 //!
 //! If a capture fails the recovery point is given up, and its changes belong to the next one.
 
+use std::time::Instant;
+
 use tracker::control::protocol::CaptureOutcome;
 use tracker::extent::Epoch;
 
 use super::capture::{CapturedDisk, GivenUp};
 use super::conductor::{At, Conductor, Trouble};
+use super::rest::Wish;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::{Part, Phase};
 use crate::vault::manifest::Manifest;
@@ -45,7 +48,7 @@ impl Conductor {
                 self.sealed(manifest, captured)
             }
             Err(why) => {
-                self.cuts = cuts;
+                self.cuts = cuts.into_iter().map(Wish::wait_again).collect();
                 self.give_up(epoch, why)
             }
         }
@@ -131,6 +134,13 @@ impl Conductor {
         }
         discarded.at(Part::Spool)?;
         match why {
+            GivenUp::NotKept(error) => {
+                self.board.note(Part::Capture, Some(&error));
+                self.tell_late(&error);
+                // The sooner the next one is cut, the fewer blocks it has to keep.
+                self.due = Instant::now();
+                Ok(())
+            }
             GivenUp::Failed(error) => Err(Trouble {
                 part: Part::Capture,
                 error,

@@ -21,13 +21,19 @@ use crate::status::{ApplicationPoint, Board, Part};
 use crate::store::VaultUrl;
 use crate::vault::manifest::{Consistency, short_reason};
 
+/// Time that a wanted recovery point survives trouble before those who wait are told.
+const CUT_PATIENCE: Duration = Duration::from_secs(5);
+/// Recovery points that may be given up before those who wait for one are told.
+const GIVEN_UP_MAX: u32 = 3;
 /// Pause before what may still be frozen is thawed again.
 const THAW_PAUSE: Duration = Duration::from_secs(10);
 
 /// Somebody who wants a recovery point.
 pub(super) struct Wish {
-    /// Since when.
+    /// Since when it waits for a cut.
     pub since: Instant,
+    /// Recovery points that were cut for it and given up.
+    pub given_up: u32,
     /// Whether everything is to be at rest for it.
     pub quiesce: bool,
     /// Where the answer goes.
@@ -35,11 +41,24 @@ pub(super) struct Wish {
 }
 
 impl Wish {
+    /// Whether whoever has it is told of the trouble that is met.
+    pub fn is_late(&self) -> bool {
+        self.since.elapsed() >= CUT_PATIENCE || self.given_up >= GIVEN_UP_MAX
+    }
+
+    /// A recovery point that was cut for it is given up: it waits for another one.
+    pub fn wait_again(mut self) -> Self {
+        self.since = Instant::now();
+        self.given_up += 1;
+        self
+    }
+
     /// One of this moment.
     pub fn new(quiesce: bool, reply: Reply) -> Self {
         let since = Instant::now();
         Self {
             since,
+            given_up: 0,
             quiesce,
             reply,
         }

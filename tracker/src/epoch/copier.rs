@@ -7,8 +7,11 @@
 //! blocks is in flight; until then it is set aside, and others go on. Then the blocks are copied and the
 //! write is woken, whether or not that succeeded.
 //!
+//! Errors: whatever fails, a panic included, gives the epoch up and wakes the write.
+//!
 //! What it does not handle: what a failure means (`preserve::area`).
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -22,6 +25,7 @@ use crate::extent::{BLOCK_SIZE, Extent};
 use crate::journal::Waiter;
 use crate::journal::mapping::PageBuffer;
 use crate::preserve::area::{BlockSource, COPY_BLOCKS_MAX};
+use crate::preserve::format::Failure;
 
 /// Time between two looks at what has been set aside.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
@@ -98,7 +102,16 @@ impl Copier {
                 Some(Order::End) => return Ok(()),
                 None => {}
             }
-            aside.retain(|job| !self.attempt(machine, disk, job, source, &mut buffer));
+            aside.retain(|job| {
+                let attempt = || self.attempt(machine, disk, job, source, &mut buffer);
+                // Whatever goes wrong here, the guest goes on. The buffer holds bytes and has no state to be broken.
+                let done = catch_unwind(AssertUnwindSafe(attempt));
+                !done.unwrap_or_else(|_| {
+                    job.frozen.area.fail(Failure::Io);
+                    job.waiter.wake(job.token);
+                    true
+                })
+            });
         }
     }
 

@@ -49,6 +49,8 @@ mod tracked;
 #[cfg(test)]
 mod power_cut_tests;
 #[cfg(test)]
+mod preserve_tests;
+#[cfg(test)]
 mod simulation_tests;
 #[cfg(test)]
 mod tests;
@@ -62,7 +64,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Epoch, Extent};
-use crate::failpoint::{Place, reached};
+use crate::failpoint::{Canary, Place, canary, reached};
 use crate::journal::state::{EpochState, reconcile};
 use crate::journal::{Journal, Moment, RecoveryReport};
 use crate::preserve::area::discard;
@@ -70,13 +72,16 @@ use crate::preserve::format::Failure;
 use clock::Clock;
 use copier::CopyJob;
 use flights::{Flight, Flights};
-use frozen::Members;
+use frozen::{Frozen, Members};
 use tracked::TrackedDisk;
 
 pub use crate::journal::format::Operation;
 pub use crate::journal::{Era, Waiter};
 pub use keeping::Keepers;
 pub use status::{DiskStatus, MachineStatus};
+
+/// With a canary, how much later than the first disk the others are cut.
+const LATE: Duration = Duration::from_micros(500);
 
 /// A disk and its journal.
 #[derive(Clone, Debug)]
@@ -384,14 +389,21 @@ impl Machine {
         for disk in &self.disks {
             frozen.push(disk.prepare(closing, keep == Keep::All)?);
         }
-        for (disk, frozen) in self.disks.iter().zip(frozen) {
+        for disk in &self.disks {
             disk.clear(next)?;
             disk.journal.gather_alarms(closing, next);
-            disk.freeze(frozen);
+        }
+        let at_once = if canary(Canary::CutPerDisk) {
+            1
+        } else {
+            self.disks.len()
+        };
+        for (disk, frozen) in self.disks.iter().zip(&frozen).take(at_once) {
+            disk.freeze(frozen.clone());
         }
         reached(Place::CutAfterGatherBeforeAdvance);
         self.clock.advance(next);
-        let closed = self.close_epoch(closing, next, drain_timeout);
+        let closed = self.close_epoch(&frozen, closing, next, drain_timeout);
         if closed.is_err() && self.closed() != Some(closing) {
             self.merge(closing, Failure::GivenUp);
         }
@@ -399,16 +411,27 @@ impl Machine {
     }
 
     /// The rest of a cut, while writes of the next epoch go on.
-    fn close_epoch(&self, closing: Epoch, next: Epoch, drain_timeout: Duration) -> Result<()> {
+    fn close_epoch(
+        &self,
+        frozen: &[Option<Arc<Frozen>>],
+        closing: Epoch,
+        next: Epoch,
+        drain_timeout: Duration,
+    ) -> Result<()> {
         self.clock.settle(closing);
-        let frozen: Vec<_> = self.disks.iter().map(TrackedDisk::frozen).collect();
-        for frozen in frozen.iter().flatten() {
+        let kept = || {
+            let disks = self.disks.iter().zip(frozen);
+            disks.filter_map(|(disk, frozen)| Some((disk, frozen.as_ref()?)))
+        };
+        for (disk, frozen) in kept() {
             frozen.settle();
-        }
-        for (disk, frozen) in self.disks.iter().zip(&frozen) {
-            if let Some(frozen) = frozen {
-                disk.publish(frozen)?;
+            if canary(Canary::CutPerDisk) {
+                disk.freeze(Some(Arc::clone(frozen)));
+                std::thread::sleep(LATE);
             }
+        }
+        for (disk, frozen) in kept() {
+            disk.publish(frozen)?;
         }
         reached(Place::CutAfterAdvanceBeforeUpdate);
         if !self.clock.drain(closing, drain_timeout) {

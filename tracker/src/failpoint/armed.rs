@@ -9,6 +9,8 @@
 //! - `wait:PIPE`: the thread waits until somebody has opened this named pipe for writing and closed it;
 //! - `error:EIO` or `error:ENOSPC`: what is attempted there fails with this error, where it can.
 //!
+//! `TIDEMARK_CANARY` switches a rule off: `check-before-read` or `cut-per-disk`.
+//!
 //! With `TIDEMARK_FAILPOINTS_WHILE=FILE` the rules hold, and count, only while there is such a file. What is
 //! done is said on standard error, the first time for each rule.
 
@@ -21,14 +23,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::Place;
+use super::{Canary, Place};
 use crate::error::{Error, ErrorKind, Result};
 
 const RULES: &str = "TIDEMARK_FAILPOINTS";
+const CANARY: &str = "TIDEMARK_CANARY";
 const WHILE: &str = "TIDEMARK_FAILPOINTS_WHILE";
 
 /// The places at which something can be told to fail.
-const FALLIBLE: [Place; 10] = [
+const FALLIBLE: [Place; 12] = [
     Place::WriteAfterAdmissionBeforeData,
     Place::FlushAfterDataBeforeSync,
     Place::IntentAfterPlanBeforeWrite,
@@ -39,7 +42,19 @@ const FALLIBLE: [Place; 10] = [
     Place::ReplaceAfterCopyBeforeRename,
     Place::ReplaceAfterSwitchBeforeFolder,
     Place::GrowAfterCopyBeforeSync,
+    Place::CutAfterSettleBeforeMaps,
+    Place::CopyAfterReadBeforeWrite,
 ];
+
+/// The rule that is switched off.
+pub fn canary() -> Option<Canary> {
+    static SWITCHED_OFF: OnceLock<Option<Canary>> = OnceLock::new();
+    *SWITCHED_OFF.get_or_init(|| match std::env::var(CANARY).ok()?.as_str() {
+        "check-before-read" => Some(Canary::PreservedBeforeRead),
+        "cut-per-disk" => Some(Canary::CutPerDisk),
+        _ => None,
+    })
+}
 
 #[derive(Debug)]
 enum Action {

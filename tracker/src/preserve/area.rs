@@ -173,6 +173,7 @@ impl Area {
     /// The file cannot be written.
     pub fn write_maps(&self, page: u64, changed: &MapPage, hot: &MapPage) -> Result<()> {
         const EMPTY: &MapPage = &[0; PAGE_WORDS as usize];
+        reached(Place::CutAfterSettleBeforeMaps);
         for (map, content) in [
             (Map::Captured, EMPTY),
             (Map::Hot, hot),
@@ -193,8 +194,8 @@ impl Area {
             // Behind the end of the disk as it was.
             return 0;
         };
-        let for_view = match self.subject.all && self.view_failure().is_none() {
-            true => blocks & !preserved.load(Ordering::Acquire),
+        let for_view = match self.subject.all && !self.is_given_up(WORD_VIEW_FAILURE) {
+            true => protocol::uncopied(blocks, preserved),
             false => 0,
         };
         for_view | self.to_copy_for_point(index, blocks & of_epoch)
@@ -206,11 +207,15 @@ impl Area {
             self.word(Map::Preserved, index),
         );
         match words {
-            (Some(captured), Some(preserved)) if blocks != 0 && self.failure().is_none() => {
+            (Some(captured), Some(preserved)) if blocks != 0 && !self.is_given_up(WORD_FAILURE) => {
                 protocol::to_copy(blocks, captured, preserved)
             }
             _ => 0,
         }
+    }
+
+    fn is_given_up(&self, word: usize) -> bool {
+        protocol::is_given_up(self.head(word))
     }
 
     /// Copies blocks, up to [`COPY_BLOCKS_MAX`] one behind the other, of which each has to be copied. Where it fails,

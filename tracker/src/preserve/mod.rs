@@ -20,4 +20,6 @@ pub mod protocol;
 pub mod reader;
 
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod tests;

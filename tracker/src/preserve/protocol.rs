@@ -14,7 +14,11 @@
 //! finished reading, so it read the old content. If it finds it set, the copy is complete. The tracker
 //! skips the copy only where the shipper has its content already, or where the copy is made. Each side
 //! does two things, a transfer and a look at what the other does next, in opposite order; that needs the
-//! full fences below, since a transfer through the page cache orders nothing by itself.
+//! full fences below, since a transfer through the page cache orders nothing by itself. Any thread of the tracker
+//! that overwrites a block because it has found a bit set has a fence of its own in between.
+//!
+//! Where a block cannot be copied, the failure is noted as a bit is, before the block is overwritten; the shipper looks
+//! at it, behind a fence, when it has read everything.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -44,11 +48,30 @@ impl Word for AtomicU64 {
 
 /// Tracker: which of these blocks have to be copied before they are overwritten.
 pub fn to_copy<W: Word>(blocks: u64, captured: &W, preserved: &W) -> u64 {
-    let left = blocks & !preserved.load_acquire();
+    let left = uncopied(blocks, preserved);
     if left == 0 {
         return 0;
     }
     left & !captured.load_acquire()
+}
+
+/// Tracker: which of these blocks are not copied. Those that are may be overwritten.
+pub fn uncopied<W: Word>(blocks: u64, preserved: &W) -> u64 {
+    let copied = blocks & preserved.load_acquire();
+    if copied != 0 {
+        // The thread that has set the bits a moment ago may not have come to its fence.
+        W::fence();
+    }
+    blocks & !copied
+}
+
+/// Tracker: whether the epoch is given up, by whatever thread. Then blocks of it may be overwritten.
+pub fn is_given_up<W: Word>(failure: &W) -> bool {
+    let given_up = failure.load_acquire() != 0;
+    if given_up {
+        W::fence();
+    }
+    given_up
 }
 
 /// Tracker: the copies of these blocks are complete. After it the blocks may be overwritten.

@@ -20,6 +20,7 @@ use super::format::{Failure, Layout, Map, Subject, WORD_FAILURE, WORD_RELEASED};
 use super::protocol;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
+use crate::failpoint::{Canary, canary};
 use crate::journal::mapping::SharedWords;
 
 /// The preserve file of a disk whose epoch is captured.
@@ -30,6 +31,8 @@ pub struct PreserveReader {
     words: SharedWords,
     subject: Subject,
     layout: Layout,
+    /// With a canary, what was preserved when it was opened.
+    early: Option<Vec<u64>>,
 }
 
 impl PreserveReader {
@@ -61,13 +64,19 @@ impl PreserveReader {
             ));
         }
         let layout = Layout::of(subject.size_bytes);
-        Ok(Self {
+        let mut reader = Self {
             words: SharedWords::writable(&file, layout.data_offset()).map_err(failed)?,
             path: path.to_owned(),
             file,
             subject,
             layout,
-        })
+            early: None,
+        };
+        if canary(Canary::PreservedBeforeRead) {
+            let look = |index| reader.bits(Map::Preserved, index);
+            reader.early = Some((0..layout.map_words()).map(look).collect());
+        }
+        Ok(reader)
     }
 
     /// Size in bytes of the disk at the cut.
@@ -107,10 +116,7 @@ impl PreserveReader {
     pub fn split_hole(&self, extent: Extent) -> Vec<(Extent, bool)> {
         let mut parts = Vec::new();
         let mut next = extent.first_block;
-        let preserved = runs(extent, |index| {
-            let found = self.word(Map::Preserved, index);
-            found.map_or(0, |word| protocol::to_take(u64::MAX, word))
-        });
+        let preserved = runs(extent, |index| self.to_take(index));
         for run in preserved.chain([Extent {
             first_block: extent.end_block(),
             block_count: 0,
@@ -138,11 +144,7 @@ impl PreserveReader {
     ///
     /// The file cannot be read.
     pub fn settle(&self, extent: Extent, bytes: &mut [u8]) -> Result<Vec<Extent>> {
-        let preserved: Vec<Extent> = runs(extent, |index| {
-            let found = self.word(Map::Preserved, index);
-            found.map_or(0, |word| protocol::to_take(u64::MAX, word))
-        })
-        .collect();
+        let preserved: Vec<Extent> = runs(extent, |index| self.to_take(index)).collect();
         for run in &preserved {
             let start = ((run.first_block - extent.first_block) * BLOCK_SIZE) as usize;
             let target = &mut bytes[start..start + run.length_bytes() as usize];
@@ -156,6 +158,15 @@ impl PreserveReader {
         }
         self.mark_captured(extent);
         Ok(preserved)
+    }
+
+    /// Blocks that were read a moment ago and are preserved.
+    fn to_take(&self, index: u64) -> u64 {
+        if let Some(early) = &self.early {
+            return early.get(index as usize).copied().unwrap_or_default();
+        }
+        let found = self.word(Map::Preserved, index);
+        found.map_or(0, |word| protocol::to_take(u64::MAX, word))
     }
 
     fn mark_captured(&self, extent: Extent) {
