@@ -134,11 +134,7 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
 
     let (control, listeners) = open_sockets(options, activated)?;
     let description = describe(options, &control, &listeners);
-    let sources: Vec<Arc<dyn BlockSource>> = disks
-        .iter()
-        .map(|disk| Arc::clone(disk) as Arc<dyn BlockSource>)
-        .collect();
-    let mut keepers = Keepers::start(&machine, &sources)?;
+    let mut keepers = Keepers::start(&machine, &sources(&disks))?;
     let upkeep = start_upkeep(&machine, &house.engine, &disks)?;
     let control = start_control(control, &machine, &house.engine, disks.clone())?;
     let mut doors = Vec::new();
@@ -254,6 +250,12 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
         }
     }
     Ok(Arc::new(machine))
+}
+
+/// From where blocks of closed epochs are copied.
+fn sources(disks: &[Arc<Disk>]) -> Vec<Arc<dyn BlockSource>> {
+    let source = |disk: &Arc<Disk>| Arc::clone(disk) as Arc<dyn BlockSource>;
+    disks.iter().map(source).collect()
 }
 
 fn absolute(path: &Path) -> PathBuf {

@@ -130,6 +130,8 @@ struct World {
     dying: AtomicBool,
     stop: AtomicBool,
     ticks: AtomicU64,
+    /// Held by writers from the look at what has to be copied until they wait for it, and where a capture ends.
+    looking: RwLock<()>,
     /// Newest epoch of a write that was answered.
     answered: AtomicU64,
     log: [Mutex<BTreeMap<u64, Vec<Written>>>; DISKS],
@@ -162,6 +164,7 @@ impl World {
             dying: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             ticks: AtomicU64::new(1),
+            looking: RwLock::new(()),
             answered: AtomicU64::new(0),
             log: Default::default(),
             violations: Mutex::default(),
@@ -295,8 +298,10 @@ impl World {
             }
             copies = machine.must_copy(disk, extent, admission.epoch);
         }
-        if copies {
+        let looking = self.looking.read().unwrap();
+        if copies && machine.must_copy(disk, extent, admission.epoch) {
             machine.await_copy(disk, extent, bell, 8);
+            drop(looking);
             self.await_bell(woken)?;
         }
         Ok(())
@@ -485,12 +490,15 @@ impl<'a> Shipper<'a> {
         let is_closed = self.machine.status().closed == Some(epoch);
         if failed || !is_closed || self.random.one_in(6) {
             self.given_up += 1;
+            let _looking = self.world.looking.write().unwrap();
             self.machine.abandon(epoch).unwrap();
             return None;
         }
         self.sealed += 1;
         let wrong = self.judge(epoch, &mirrors);
+        let looking = self.world.looking.write().unwrap();
         self.machine.seal(epoch).unwrap();
+        drop(looking);
         self.mirrors = mirrors;
         self.waiting.insert(epoch, self.mirrors.clone());
         self.commit_or_lose();
@@ -833,6 +841,42 @@ fn only_what_overlaps_a_write_in_flight_waits_for_it() {
         (preserved, bytes),
         (vec![blocks(13, 1)], vec![7; BLOCK_SIZE as usize])
     );
+    keepers.end().unwrap();
+}
+
+/// The epoch for which it would have waited may be sealed, and its own closed, before it is left waiting.
+#[test]
+fn a_write_never_waits_for_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let (machine, mut keepers, _disk) = quiet(folder.path());
+    let extent = Extent {
+        first_block: 5,
+        block_count: 1,
+    };
+    let admit = || machine.admit(0, 0, extent, Operation::Write);
+    machine.complete(0, admit());
+    let first = machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap();
+    let late = admit();
+    assert!(late.copies && late.epoch > first);
+    machine.seal(first).unwrap();
+    std::thread::scope(|scope| {
+        let cut = scope.spawn(|| machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap());
+        let is_late = || {
+            let frozen = machine.disks[0].frozen();
+            frozen.is_some_and(|frozen| frozen.epoch == late.epoch && frozen.is_settled())
+        };
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while !is_late() {
+            assert!(std::time::Instant::now() < deadline, "no cut");
+            std::thread::yield_now();
+        }
+        let (bell, woken) = bell();
+        machine.await_copy(0, extent, &bell, 1);
+        let rang = woken.recv_timeout(Duration::from_secs(2));
+        machine.complete(0, late);
+        cut.join().unwrap();
+        assert_eq!(rang, Ok(1), "the write waits for itself");
+    });
     keepers.end().unwrap();
 }
 

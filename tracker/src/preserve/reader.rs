@@ -98,7 +98,13 @@ impl PreserveReader {
     /// The blocks of an extent that belong to the epoch: with `hot` those of them that were written more than
     /// once, without it the others. In ascending order.
     pub fn changed(&self, extent: Extent, hot: bool) -> impl Iterator<Item = Extent> + '_ {
-        runs(extent, move |index| {
+        // What is known coarsely may reach beyond the end, where the disk may have grown since.
+        let end = extent.end_block().min(self.layout.blocks);
+        let on_disk = Extent {
+            first_block: extent.first_block,
+            block_count: end.saturating_sub(extent.first_block),
+        };
+        runs(on_disk, move |index| {
             let changed = self.bits(Map::Changed, index);
             let often = self.bits(Map::Hot, index);
             changed & if hot { often } else { !often }
