@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use tracker::disk::NewSize;
 use tracker::engine::EngineChoice;
 use tracker::error::{Error, ErrorKind, Result};
+use tracker::extent::Epoch;
 use tracker::nbd::attach::{AttachOptions, Device};
 use tracker::nbd::listener::{Listener, Plaintext};
 use tracker::nbd::tls::TlsFiles;
@@ -54,6 +55,9 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Hold the disks as they are at one moment, for programs that copy them over NBD
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Let a served disk grow
     Resize {
         /// Control socket of the tracker
@@ -69,6 +73,36 @@ pub enum Command {
     /// Look into a journal file
     #[command(subcommand)]
     Journal(JournalCommand),
+}
+
+/// The commands on snapshots.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Take a snapshot of all disks; prints its epoch and its exports
+    Create {
+        /// Control socket of the tracker
+        #[arg(long, value_name = "PATH")]
+        control: PathBuf,
+    },
+    /// Show the snapshot that is held
+    List {
+        /// Control socket of the tracker
+        #[arg(long, value_name = "PATH")]
+        control: PathBuf,
+    },
+    /// End a snapshot
+    Release {
+        /// Control socket of the tracker
+        #[arg(long, value_name = "PATH")]
+        control: PathBuf,
+        /// Its epoch, as create has printed it
+        #[arg(value_parser = parse_epoch)]
+        epoch: Epoch,
+        /// It was copied: the next snapshot tells the changes since this one. Not beside a shipper, which would have
+        /// to compare every block
+        #[arg(long)]
+        done: bool,
+    },
 }
 
 /// The commands on journal files.
@@ -185,6 +219,10 @@ pub struct ServeArguments {
     /// the recovery point is given up
     #[arg(long, value_name = "SIZE", default_value = "8GiB", value_parser = parse_size)]
     preserve_budget: u64,
+    /// While a recovery point is captured, keep every block and export the disks as they were, NAME@EPOCH;
+    /// costs more copies
+    #[arg(long)]
+    frozen_views: bool,
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
@@ -305,6 +343,7 @@ impl ServeArguments {
             journal_folder: self.journal_dir,
             preserve_folder: self.preserve_dir,
             preserve_budget_bytes: self.preserve_budget,
+            frozen_views: self.frozen_views,
             read_only: self.read_only,
             direct: self.direct,
             tracking: !self.no_journal && !self.read_only,
@@ -341,7 +380,15 @@ fn control_path(
     })
 }
 
-/// `NAME=PATH`, or a path alone; a name has no slash, so that a path may have an equals sign.
+fn parse_epoch(text: &str) -> std::result::Result<Epoch, String> {
+    let number = u64::from_str_radix(text, 16)
+        .ok()
+        .filter(|&number| number > 0);
+    number.map(Epoch).ok_or_else(|| {
+        format!("{text:?} is not an epoch: up to sixteen hexadecimal digits above zero")
+    })
+}
+
 fn checked_intent_cap(bytes: u64) -> Result<u64> {
     if INTENT_CAP_RANGE.contains(&bytes) {
         return Ok(bytes);

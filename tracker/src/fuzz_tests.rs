@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
+use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::control::protocol::{Request as ControlRequest, decode_request, encode_request};
@@ -31,6 +32,7 @@ use crate::nbd::metadata::{Context, ContextRequest, ContextSet};
 use crate::nbd::request::{Terms, Verdict, validate, validate_block_status};
 use crate::nbd::tls::Encryption;
 use crate::nbd::wire::{EXTENDED_REQUEST_MAGIC, Mode, REQUEST_MAGIC, RequestHeader};
+use crate::preserve::format::{FLAG_ALL, HEADER_BYTES, Header, Layout as PreserveLayout, Subject};
 
 /// A decoder under test.
 struct Target {
@@ -43,7 +45,7 @@ struct Target {
     factor: u32,
 }
 
-const TARGETS: [Target; 11] = [
+const TARGETS: [Target; 13] = [
     Target {
         name: "compact request",
         valid: |numbers| valid_request(Mode::Structured, numbers),
@@ -97,6 +99,18 @@ const TARGETS: [Target; 11] = [
         valid: valid_page,
         decode: page,
         factor: 1,
+    },
+    Target {
+        name: "preserve header",
+        valid: valid_preserve,
+        decode: preserve,
+        factor: 4,
+    },
+    Target {
+        name: "preserve header with a good check",
+        valid: valid_preserve,
+        decode: |bytes| preserve(&with_good_check(bytes)),
+        factor: 4,
     },
     Target {
         name: "control request",
@@ -329,6 +343,7 @@ fn negotiation(bytes: &[u8]) -> Result<bool, String> {
         read_only: false,
         alignment: 1,
         tracked: true,
+        is_view: false,
     });
     let chosen = negotiate(&Stream::Unix(server), &exports, &Encryption::Off);
     let mut answers = Vec::new();
@@ -741,6 +756,45 @@ fn page(bytes: &[u8]) -> Result<bool, String> {
         .ok_or_else(|| "A page reads back as something else".to_owned())
 }
 
+// Preserve files.
+
+fn valid_preserve(numbers: &[u64]) -> Vec<u8> {
+    let subject = Subject {
+        boot_id: [numbers[0] as u8; 16],
+        journal_id: [numbers[1] as u8; 16],
+        epoch: Epoch(numbers[2]),
+        size_bytes: numbers[3] >> (12 + numbers[4] % 40),
+        all: numbers[5].is_multiple_of(2),
+    };
+    Header::new(&subject).as_bytes().to_vec()
+}
+
+/// Damage that a check does not find.
+fn with_good_check(bytes: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    let checked = std::mem::offset_of!(Header, check);
+    if bytes.len() >= HEADER_BYTES {
+        let check = xxh3_64(&bytes[..checked]);
+        bytes[checked..HEADER_BYTES].copy_from_slice(&check.to_le_bytes());
+    }
+    bytes
+}
+
+fn preserve(bytes: &[u8]) -> Result<bool, String> {
+    let Ok(subject) = Header::decode(bytes) else {
+        return Ok(false);
+    };
+    if Header::new(&subject).as_bytes() != &bytes[..HEADER_BYTES] {
+        return Err(format!("{subject:?} is not what was written"));
+    }
+    let layout = PreserveLayout::of(subject.size_bytes);
+    let room = layout.file_bytes() - layout.data_offset();
+    match layout.map_bytes * 8 >= layout.blocks && room >= subject.size_bytes {
+        true => Ok(true),
+        false => Err(format!("{layout:?} has no room for {subject:?}")),
+    }
+}
+
 // The control socket.
 
 fn valid_control(numbers: &[u64]) -> Vec<u8> {
@@ -935,6 +989,21 @@ fn careless(words: [u64; 4]) -> Slot {
     }
 }
 
+/// Does not look at what it does not need.
+fn negligent(bytes: &[u8]) -> Result<bool, String> {
+    let Ok((header, _)) = Header::read_from_prefix(bytes) else {
+        return Ok(false);
+    };
+    let mut mended = header;
+    mended.flags = u32::from(header.flags.get() == FLAG_ALL).into();
+    let mended = with_good_check(mended.as_bytes());
+    preserve(&mended)?;
+    match Header::decode(&mended).is_err() || mended == bytes[..HEADER_BYTES] {
+        true => Ok(false),
+        false => Err("Flags were passed over".to_owned()),
+    }
+}
+
 /// Takes damaged records for slots that were never written.
 fn forgiving(bytes: &mut [u8]) {
     let layout = specimen::superblock(&specimen::left_open().bytes, 0);
@@ -961,6 +1030,12 @@ fn the_harness_finds_decoders_that_are_wrong() {
             name: "half a check",
             valid: valid_record,
             decode: |bytes| record(bytes, careless),
+            factor: 1,
+        },
+        Target {
+            name: "any flags",
+            valid: valid_preserve,
+            decode: |bytes| negligent(&with_good_check(bytes)),
             factor: 1,
         },
         Target {

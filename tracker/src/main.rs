@@ -14,9 +14,10 @@ use tracker::disk::NewSize;
 use tracker::epoch::DiskStatus;
 use tracker::error::{Error, ErrorKind, Result};
 use tracker::nbd::attach;
+use tracker::nbd::handshake::view_name;
 use tracker::{failpoint, journal, serve, systemd};
 
-use cli::{AttachArguments, Cli, Command, JournalCommand};
+use cli::{AttachArguments, Cli, Command, JournalCommand, SnapshotCommand};
 
 fn main() -> ExitCode {
     let arguments = Cli::parse();
@@ -49,6 +50,7 @@ fn carry_out(command: Command) -> Result<()> {
             attach::Device::parse(&device).and_then(|device| attach::detach(device, force))
         }
         Command::Status { control, json } => status(&control, json),
+        Command::Snapshot(command) => snapshot(command),
         Command::Resize {
             control,
             disk,
@@ -96,6 +98,49 @@ fn status(control: &Path, json: bool) -> Result<()> {
         return print(&format!("{text}\n"));
     }
     print(&describe(&status))
+}
+
+fn snapshot(command: SnapshotCommand) -> Result<()> {
+    match command {
+        SnapshotCommand::Create { control } => {
+            let snapshot = ControlClient::connect(&control)?.snapshot()?;
+            print(&format!(
+                "{}\nExports: {}\n",
+                snapshot.epoch,
+                snapshot.exports.join(" ")
+            ))
+        }
+        SnapshotCommand::List { control } => list_snapshot(&control),
+        SnapshotCommand::Release {
+            control,
+            epoch,
+            done,
+        } => {
+            ControlClient::connect(&control)?.release(epoch, done)?;
+            print(&format!("Snapshot {epoch} is released\n"))
+        }
+    }
+}
+
+fn list_snapshot(control: &Path) -> Result<()> {
+    let status = ControlClient::connect(control)?.epochs()?;
+    let Some(epoch) = status.held else {
+        return print("No snapshot is held\n");
+    };
+    let mut text = String::new();
+    for disk in &status.disks {
+        let used = disk.preserve_used_bytes >> 20;
+        let budget = disk.preserve_budget_bytes >> 20;
+        text += &format!(
+            "{}: {used} of {budget} MiB kept",
+            view_name(&disk.name, epoch)
+        );
+        if let Some(failure) = &disk.view_failure {
+            text += &format!("; given up: {failure}");
+        }
+        text.push('\n');
+    }
+    print(&text)
 }
 
 fn resize(control: &Path, disk: &str, size: NewSize) -> Result<()> {

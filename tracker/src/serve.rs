@@ -21,7 +21,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::control::server::{self, Context};
 use crate::disk::{Disk, DiskKind};
-use crate::engine::{Engine, EngineChoice};
+use crate::engine::{Engine, EngineChoice, View};
 use crate::epoch::{DiskSpec, Keepers, Machine, MachineOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::journal::Found;
@@ -87,6 +87,8 @@ pub struct ServeOptions {
     pub preserve_folder: Option<PathBuf>,
     /// Bytes of blocks that are kept of each disk while an epoch is captured, at most.
     pub preserve_budget_bytes: u64,
+    /// Keep every block while an epoch is captured, and export the disks as they were.
+    pub frozen_views: bool,
     /// Refuse writes.
     pub read_only: bool,
     /// Leave the page cache out.
@@ -126,6 +128,7 @@ pub fn serve(options: &ServeOptions, activated: Activated) -> Result<()> {
     )?);
     let house = Arc::new(House {
         exports,
+        machine: Arc::clone(&machine),
         encryption,
         engine,
         negotiating: AtomicUsize::new(0),
@@ -241,6 +244,7 @@ fn open_machine(options: &ServeOptions, disks: &[Arc<Disk>]) -> Result<Arc<Machi
             rebuild: options.rebuild,
             tracking: options.tracking,
             preserve_budget_bytes: options.preserve_budget_bytes,
+            frozen_views: options.frozen_views,
         },
     )?;
     for report in reports {
@@ -292,6 +296,7 @@ fn export_of(disk: &Disk, tracked: bool) -> Export {
         read_only: disk.read_only(),
         alignment: disk.alignment(),
         tracked,
+        is_view: false,
     }
 }
 
@@ -344,7 +349,9 @@ fn announce(description: &str) {
 
 /// What an accepted connection needs.
 struct House {
+    /// One for each disk, in their order.
     exports: Vec<Export>,
+    machine: Arc<Machine>,
     /// For TCP; a unix socket is as private as its permission bits make it.
     encryption: Encryption,
     engine: Arc<Engine>,
@@ -384,14 +391,33 @@ impl House {
             Stream::Tcp(_) => &self.encryption,
             Stream::Unix(_) => &Encryption::Off,
         };
-        let chosen = negotiate(&stream, &self.exports, encryption).and_then(|chosen| {
+        let mut exports = self.exports.clone();
+        let views: Vec<View> = self
+            .machine
+            .views()
+            .into_iter()
+            .map(|(disk, frozen)| View { disk, frozen })
+            .collect();
+        exports.extend(
+            views
+                .iter()
+                .map(|view| self.exports[view.disk].frozen(view)),
+        );
+        let chosen = negotiate(&stream, &exports, encryption).and_then(|chosen| {
             // The deadline was the negotiation's; from here on the worker waits as it likes.
             stream.set_read_timeout(None)?;
             stream.set_write_timeout(None)?;
             Ok(chosen)
         });
         match chosen {
-            Ok(Some(chosen)) => self.hand_over(stream, chosen),
+            Ok(Some(mut chosen)) => {
+                let view = chosen.session.export.checked_sub(self.exports.len());
+                let view = view.and_then(|index| views.into_iter().nth(index));
+                if let Some(view) = &view {
+                    chosen.session.export = view.disk;
+                }
+                self.hand_over(stream, chosen, view)
+            }
             Ok(None) => None,
             Err(error) => {
                 let peer = stream.peer();
@@ -401,7 +427,7 @@ impl House {
         }
     }
 
-    fn hand_over(&self, stream: Stream, chosen: Negotiated) -> Option<Relay> {
+    fn hand_over(&self, stream: Stream, chosen: Negotiated, view: Option<View>) -> Option<Relay> {
         let (relay, socket) = match (stream, chosen.secured) {
             (Stream::Tcp(stream), Some(secured)) => {
                 match Relay::new(&self.relays, stream, secured) {
@@ -414,7 +440,7 @@ impl House {
             }
             (stream, _) => (None, stream.into()),
         };
-        match self.engine.serve(socket, chosen.session) {
+        match self.engine.serve(socket, chosen.session, view) {
             Ok(()) => relay,
             Err(error) => {
                 tracing::error!("{}", error.chain());

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use super::line::LineClient;
-use super::protocol::{CaptureOutcome, Request, Resized, Status, encode_request};
+use super::protocol::{CaptureOutcome, Request, Resized, Snapshot, Status, encode_request};
 use crate::disk::NewSize;
 use crate::epoch::{Keep, MachineStatus};
 use crate::error::{Error, ErrorKind, Result};
@@ -74,6 +74,24 @@ impl ControlClient {
     /// Says that the spool is lost. May be repeated.
     pub fn revert(&mut self) -> Result<()> {
         self.ask(&Request::Revert {})
+    }
+
+    /// Closes the open epoch and holds it.
+    ///
+    /// # Errors
+    ///
+    /// Of kind `State` where an epoch is closed already.
+    pub fn snapshot(&mut self) -> Result<Snapshot> {
+        self.ask(&Request::Snapshot {})
+    }
+
+    /// Ends a snapshot; with `done` its changes are taken over.
+    ///
+    /// # Errors
+    ///
+    /// Of kind `State` where it is not held.
+    pub fn release(&mut self, epoch: Epoch, done: bool) -> Result<()> {
+        self.ask(&Request::Release { epoch, done })
     }
 
     /// Lets a disk grow.

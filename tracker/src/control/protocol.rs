@@ -60,6 +60,15 @@ pub enum Request {
     },
     /// The spool is lost: what was sealed and not committed counts as changed again.
     Revert {},
+    /// Close the open epoch and hold it for other programs: [`Snapshot`].
+    Snapshot {},
+    /// End a snapshot.
+    Release {
+        /// The epoch that is held.
+        epoch: Epoch,
+        /// Its changes are taken over: the next snapshot tells those that came after.
+        done: bool,
+    },
     /// Let a disk grow: [`Resized`].
     Resize {
         /// Name of the disk.
@@ -67,6 +76,15 @@ pub enum Request {
         /// Its new size.
         size: NewSize,
     },
+}
+
+/// A closed epoch that is held.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// Names of its exports.
+    pub exports: Vec<String>,
 }
 
 /// What became of a disk that was to grow.
@@ -217,6 +235,11 @@ mod tests {
                 epoch: Epoch(u64::MAX),
             },
             Request::Revert {},
+            Request::Snapshot {},
+            Request::Release {
+                epoch: Epoch(3),
+                done: true,
+            },
             Request::Resize {
                 disk: "root".to_owned(),
                 size: NewSize::Present,

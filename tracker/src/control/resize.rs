@@ -91,6 +91,7 @@ mod tests {
             rebuild: false,
             tracking: true,
             preserve_budget_bytes: 0,
+            frozen_views: false,
         };
         let (machine, _) = Machine::open(vec![spec], &options).unwrap();
         (vec![Arc::new(disk)], machine)

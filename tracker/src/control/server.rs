@@ -11,13 +11,14 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::protocol::{CaptureOutcome, PROTOCOL, Request, Status, decode_request};
+use super::protocol::{CaptureOutcome, PROTOCOL, Request, Snapshot, Status, decode_request};
 use super::{line, resize};
 use crate::disk::Disk;
 use crate::engine::Engine;
 use crate::epoch::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Epoch;
+use crate::nbd::handshake::view_name;
 
 /// Time that a cut waits for the writes stamped with the epoch that it closes.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -65,8 +66,18 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
         Request::CaptureEnd {
             epoch,
             outcome: CaptureOutcome::Abandoned,
-        } => json(&machine.abandon(epoch)?),
+        } => {
+            machine.check_not_held(epoch)?;
+            json(&machine.abandon(epoch)?)
+        }
         Request::Commit { epoch } => json(&machine.commit(epoch)?),
+        Request::Snapshot {} => json(&snapshot(context)?),
+        Request::Release { epoch, done } => {
+            if done {
+                sync_disks(context)?;
+            }
+            json(&machine.release(epoch, done)?)
+        }
         Request::Revert {} => json(&machine.revert()?),
         Request::Resize { disk, size } => {
             // Two that want more at the same moment get both.
@@ -82,6 +93,12 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
 /// the blocks of the closed epoch, which have to be copied before they are overwritten, are captured first. A disk
 /// that cannot be synced is protected all the more, and the journal keeps in mind that it is one.
 fn seal(context: &Context, epoch: Epoch) -> Result<()> {
+    context.machine.check_not_held(epoch)?;
+    sync_disks(context)?;
+    context.machine.seal(epoch)
+}
+
+fn sync_disks(context: &Context) -> Result<()> {
     let machine = &context.machine;
     for (index, disk) in context.disks.iter().enumerate() {
         if !disk.sync_failed()
@@ -91,7 +108,14 @@ fn seal(context: &Context, epoch: Epoch) -> Result<()> {
             machine.note_disk_failure(index)?;
         }
     }
-    machine.seal(epoch)
+    Ok(())
+}
+
+fn snapshot(context: &Context) -> Result<Snapshot> {
+    let epoch = context.machine.take_snapshot(DRAIN_DEADLINE)?;
+    let name = |disk: &Arc<Disk>| view_name(disk.name(), epoch);
+    let exports = context.disks.iter().map(name).collect();
+    Ok(Snapshot { epoch, exports })
 }
 
 /// Everything about this tracker.

@@ -8,6 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::buffer::{Buffer, BufferPool, HEAD_BYTES};
 use super::transfer::{Piece, SendBatch};
+use super::view::View;
 use crate::nbd::handshake::Session;
 use crate::nbd::reply::{Address, data_head, failure, hole, success};
 use crate::nbd::request::Request;
@@ -83,6 +84,8 @@ pub struct Connection {
     socket: OwnedFd,
     /// What it negotiated; the export is the index of the disk.
     pub session: Session,
+    /// What is read is the disk as it was at a cut.
+    pub view: Option<View>,
     /// A range that is known to hold data, so that READs in it need no search for holes. It may
     /// have been dug out since: then its zeroes are sent as data.
     pub known_data: Range<u64>,
@@ -120,10 +123,11 @@ pub struct Connection {
 
 impl Connection {
     /// A connection that has just been negotiated.
-    pub fn new(socket: OwnedFd, session: Session, buffer: Buffer) -> Self {
+    pub fn new(socket: OwnedFd, session: Session, view: Option<View>, buffer: Buffer) -> Self {
         Self {
             socket,
             session,
+            view,
             known_data: 0..0,
             input: Some(Input {
                 buffer,

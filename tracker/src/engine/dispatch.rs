@@ -28,6 +28,7 @@ use super::operation::{INLINE_BYTES_MAX, Operation, Outcome, tracked, write_now}
 use super::status::Job;
 use super::survey::Survey;
 use super::transfer::Held;
+use super::view::View;
 use super::worker::{TAG_DISK, Worker};
 use crate::disk::Disk;
 use crate::epoch::Admission;
@@ -94,9 +95,10 @@ impl Worker {
             }
         };
         let disk = &self.shared.disks[connection.session.export];
+        let view = connection.view.as_ref();
         let terms = Terms {
-            size_bytes: disk.size_bytes(),
-            read_only: disk.read_only(),
+            size_bytes: view.map_or_else(|| disk.size_bytes(), View::size_bytes),
+            read_only: view.is_some() || disk.read_only(),
             alignment: disk.alignment(),
             mode,
             contexts: connection.session.contexts,
@@ -170,6 +172,7 @@ impl Worker {
                     request,
                     contexts,
                     one,
+                    view: connection.view.clone(),
                 };
                 if self.jobs.send(job).is_ok() {
                     connection.requests += 1;
@@ -383,6 +386,14 @@ impl Worker {
             self.shared.machine.complete(self.number, admission);
         }
         let request = operation.request;
+        let part_bytes = operation.part_bytes();
+        let result = result.and_then(|()| match (&connection.view, &mut operation.buffer) {
+            (Some(view), Some(buffer)) if request.is_read() => {
+                let bytes = &mut buffer.bytes_mut()[HEAD_BYTES..HEAD_BYTES + part_bytes];
+                view.settle(operation.part.start, bytes)
+            }
+            _ => Ok(()),
+        });
         match (operation.buffer.take(), result) {
             (Some(buffer), Ok(())) if request.is_read() => {
                 connection.reply_with_data(&request, operation.part.clone(), buffer);
@@ -423,6 +434,7 @@ impl Worker {
         let request = &operation.request;
         request.command == Command::Read { whole: false }
             && connection.session.mode != Mode::Simple
+            && connection.view.is_none()
             && request.length >= SEARCHED_BYTES_MIN
             && operation.parts < READ_PARTS_MAX
     }

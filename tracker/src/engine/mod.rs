@@ -16,6 +16,7 @@ mod survey;
 mod threads;
 mod transfer;
 mod uring;
+mod view;
 mod waiting;
 mod worker;
 
@@ -41,6 +42,7 @@ use waiting::Bell;
 use worker::{Counters, Lines, Order, Shared, Worker};
 
 pub use driver::{EngineChoice, EngineKind};
+pub use view::View;
 
 /// Time that clients have to take their last replies when the tracker stops.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
@@ -190,12 +192,12 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Gives a negotiated connection to the worker with the fewest.
+    /// Gives a negotiated connection, to a disk or a frozen view of it, to the worker with the fewest.
     ///
     /// # Errors
     ///
     /// The worker has stopped.
-    pub fn serve(&self, socket: OwnedFd, session: Session) -> Result<()> {
+    pub fn serve(&self, socket: OwnedFd, session: Session, view: Option<View>) -> Result<()> {
         let least = self.workers.iter().min_by_key(|worker| {
             (
                 worker.counters.connections.load(Ordering::Relaxed),
@@ -204,7 +206,7 @@ impl Engine {
         });
         let Some(worker) = least else { return Ok(()) };
         worker.assigned.fetch_add(1, Ordering::Relaxed);
-        worker.order(Order::Serve(socket, session))
+        worker.order(Order::Serve(socket, session, view))
     }
 
     /// Sums of all workers.

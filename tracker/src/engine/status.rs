@@ -19,6 +19,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::changes::Changes;
 use super::survey::Survey;
+use super::view::View;
 use super::worker::{Order, Shared};
 use crate::error::{Error, Result};
 use crate::nbd::metadata::{Context, ContextSet};
@@ -45,6 +46,8 @@ pub struct Job {
     pub contexts: ContextSet,
     /// One extent only.
     pub one: bool,
+    /// It is of the disk as it was at a cut.
+    pub view: Option<View>,
 }
 
 /// What is needed to answer, kept from job to job.
@@ -107,9 +110,18 @@ impl Clerk {
         let last = job.contexts.iter().last();
         for context in job.contexts.iter() {
             let descriptors = match context {
+                Context::Allocation if job.view.is_some() => {
+                    // What is a hole now need not have been one.
+                    let mut list = List::new(start, end, count_max);
+                    list.push(end, 0);
+                    list.descriptors
+                }
                 Context::Allocation => self.allocation(job.disk, start, end, count_max),
                 Context::Dirty | Context::QemuDirty => dirty
-                    .get_or_insert_with(|| self.dirty(job.disk, start, end, count_max))
+                    .get_or_insert_with(|| match &job.view {
+                        Some(view) => self.dirty_in(view, start, end, count_max),
+                        None => self.dirty(job.disk, start, end, count_max),
+                    })
                     .clone(),
             };
             let done = Some(context) == last;
@@ -137,6 +149,20 @@ impl Clerk {
             );
             list.push(run.data_end.min(end), 0);
         }
+        list.descriptors
+    }
+
+    fn dirty_in(&self, view: &View, start: u64, end: u64, count_max: usize) -> Vec<Descriptor> {
+        let mut list = List::new(start, end, count_max);
+        let all = self.shared.machine.counts_as_changed(view.disk) || view.frozen.is_over();
+        if !all {
+            view.each_changed(start, end, |extent| {
+                list.push(extent.offset_bytes(), 0);
+                list.push(extent.offset_bytes() + extent.length_bytes(), DIRTY);
+                !list.is_full()
+            });
+        }
+        list.push(end, if all { DIRTY } else { 0 });
         list.descriptors
     }
 

@@ -26,6 +26,7 @@ use super::patience::Patience;
 use super::status::Job;
 use super::survey::Survey;
 use super::transfer::{Completion, Held, SendBatch};
+use super::view::View;
 use crate::disk::Disk;
 use crate::epoch::{Machine, Waiter};
 use crate::error::{Error, Result};
@@ -33,8 +34,8 @@ use crate::nbd::handshake::Session;
 
 /// What a worker is told from outside.
 pub enum Order {
-    /// Serve this negotiated connection.
-    Serve(OwnedFd, Session),
+    /// Serve this negotiated connection, which may be to a frozen view.
+    Serve(OwnedFd, Session, Option<View>),
     /// Answer a BLOCK_STATUS of the connection with this index.
     Status {
         /// Index of the connection.
@@ -211,7 +212,7 @@ impl Worker {
         self.ring.poll_readable(self.wake.as_fd(), TAG_WAKE);
         while let Ok(order) = self.orders.try_recv() {
             match order {
-                Order::Serve(socket, session) => self.adopt(socket, session),
+                Order::Serve(socket, session, view) => self.adopt(socket, session, view),
                 Order::Status { connection, reply } => self.status_found(connection, reply),
                 Order::GoOn(slot) => self.go_on(slot),
                 Order::Drain => {
@@ -235,7 +236,7 @@ impl Worker {
         }
     }
 
-    fn adopt(&mut self, socket: OwnedFd, session: Session) {
+    fn adopt(&mut self, socket: OwnedFd, session: Session, view: Option<View>) {
         // Without memory for its input the connection is dropped; the client sees it close.
         let Ok(buffer) = self.pool.take(INPUT_BYTES) else {
             return;
@@ -245,7 +246,7 @@ impl Worker {
             self.pool.put(buffer);
             return;
         }
-        let mut connection = Box::new(Connection::new(socket, session, buffer));
+        let mut connection = Box::new(Connection::new(socket, session, view, buffer));
         connection.closing = self.draining;
         let index = self
             .connections

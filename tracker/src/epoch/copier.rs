@@ -3,7 +3,7 @@
 //! Overview: writes that have to wait are left here as jobs. One thread for each disk does them in the order in
 //! which they come, so that two writes to one block need no lock between them: the second finds it copied.
 //!
-//! Order: a job is done when it is known which blocks belong to the epoch and no write of the epoch to the same
+//! Order: a job of an epoch that has ended is done at once. Any other is done when it is known which blocks belong to the epoch and no write of the epoch to the same
 //! blocks is in flight; until then it is set aside, and others go on. Then the blocks are copied and the
 //! write is woken, whether or not that succeeded.
 //!
@@ -125,6 +125,11 @@ impl Copier {
         buffer: &mut PageBuffer,
     ) -> bool {
         let frozen = &job.frozen;
+        if frozen.is_over() {
+            // Writes of the epoch after the next count as its own, and may wait for this one.
+            job.waiter.wake(job.token);
+            return true;
+        }
         if !frozen.is_settled() || machine.is_in_flight(disk, job.extent, frozen.epoch) {
             return false;
         }

@@ -12,7 +12,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use super::filter::Filter;
 use crate::error::Result;
@@ -122,7 +122,7 @@ impl Frozen {
 
     /// Whether a write of a later epoch has to wait until blocks are copied.
     pub fn must_copy(&self, extent: Extent, members: Members<'_>) -> bool {
-        if self.over.load(Ordering::Acquire) {
+        if self.is_over() {
             return false;
         }
         if !self.settled.load(Ordering::Acquire) {
@@ -135,6 +135,16 @@ impl Frozen {
     /// Whether it is known which blocks belong to the epoch.
     pub fn is_settled(&self) -> bool {
         self.settled.load(Ordering::Acquire)
+    }
+
+    /// Whether nobody needs its blocks any more. Whoever finds it so may overwrite them; whoever has read one, and finds it
+    /// not so after a fence, has read what nobody had overwritten without a copy.
+    pub fn is_over(&self) -> bool {
+        let over = self.over.load(Ordering::Acquire);
+        if over {
+            fence(Ordering::SeqCst);
+        }
+        over
     }
 
     /// Copies what has to be copied of an extent. Returns the number of blocks. One thread at a time.
@@ -161,7 +171,7 @@ impl Frozen {
 
     /// The next blocks that have to be copied, as many as are copied at once.
     fn next_run(&self, first_block: u64, end: u64, members: Members<'_>) -> Option<Extent> {
-        if self.over.load(Ordering::Acquire) {
+        if self.is_over() {
             return None;
         }
         let needed = |block: u64| {

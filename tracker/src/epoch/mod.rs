@@ -42,6 +42,8 @@ mod keeping;
 
 mod rates;
 
+mod snapshot;
+
 mod status;
 
 mod tracked;
@@ -72,11 +74,13 @@ use crate::preserve::format::Failure;
 use clock::Clock;
 use copier::CopyJob;
 use flights::{Flight, Flights};
-use frozen::{Frozen, Members};
+use frozen::Members;
+use snapshot::RELEASE;
 use tracked::TrackedDisk;
 
 pub use crate::journal::format::Operation;
 pub use crate::journal::{Era, Waiter};
+pub use frozen::Frozen;
 pub use keeping::Keepers;
 pub use status::{DiskStatus, MachineStatus};
 
@@ -117,6 +121,8 @@ pub struct MachineOptions {
     pub tracking: bool,
     /// Bytes of blocks that are kept of each disk while an epoch is captured, at most.
     pub preserve_budget_bytes: u64,
+    /// Every block is kept while an epoch is captured, so that there is a frozen view of it.
+    pub frozen_views: bool,
 }
 
 /// A write that was stamped and recorded.
@@ -193,6 +199,9 @@ pub struct Machine {
     disks: Vec<TrackedDisk>,
     /// Held while watermarks move.
     moving: Mutex<()>,
+    /// The closed epoch that is a snapshot; zero if none is.
+    held: AtomicU64,
+    frozen_views: bool,
     merged: AtomicU64,
 }
 
@@ -232,8 +241,11 @@ impl Machine {
                 .collect(),
             disks,
             moving: Mutex::new(()),
+            held: AtomicU64::new(0),
+            frozen_views: options.frozen_views,
             merged: AtomicU64::new(u64::from(!resumed)),
         };
+        machine.resume_hold();
         Ok((machine, reports))
     }
 
@@ -369,10 +381,11 @@ impl Machine {
     pub fn cut(&self, minimum: Epoch, keep: Keep, drain_timeout: Duration) -> Result<Epoch> {
         let _moving = self.begin()?;
         if let Some(closed) = self.closed() {
-            return Err(Error::new(
-                ErrorKind::State,
-                format!("Epoch {closed} is closed and not sealed: end its capture first"),
-            ));
+            let what = match self.held() {
+                Some(_) => format!("Epoch {closed} is held: {RELEASE}"),
+                None => format!("Epoch {closed} is closed and not sealed: end its capture first"),
+            };
+            return Err(Error::new(ErrorKind::State, what));
         }
         let closing = self.clock.open();
         let next = self.clock.next(minimum).ok_or_else(|| {
@@ -387,7 +400,7 @@ impl Machine {
         }
         let mut frozen = Vec::new();
         for disk in &self.disks {
-            frozen.push(disk.prepare(closing, keep == Keep::All)?);
+            frozen.push(disk.prepare(closing, keep == Keep::All || self.frozen_views)?);
         }
         for disk in &self.disks {
             disk.clear(next)?;

@@ -180,6 +180,7 @@ impl World {
             rebuild: false,
             tracking: true,
             preserve_budget_bytes: self.plan.budget_bytes,
+            frozen_views: false,
         };
         let machine = Arc::new(Machine::open(specs.collect(), &options).unwrap().0);
         let sources = self.disks.clone().map(|disk| disk as Arc<dyn BlockSource>);
@@ -419,6 +420,7 @@ impl<'a> Shipper<'a> {
                 rebuild: false,
                 tracking: false,
                 preserve_budget_bytes: 0,
+                frozen_views: false,
             };
             let nobody = Arc::new(Machine::open(specs, &options).unwrap().0);
             let keepers = Keepers::start(&nobody, &[]).unwrap();
@@ -769,6 +771,7 @@ fn quiet(folder: &Path) -> (Arc<Machine>, Keepers, Arc<Disk>) {
         rebuild: false,
         tracking: true,
         preserve_budget_bytes: AMPLE,
+        frozen_views: false,
     };
     let specs = vec![spec(folder, 0, SIZES[0])];
     let machine = Arc::new(Machine::open(specs, &options).unwrap().0);
@@ -792,16 +795,7 @@ fn only_what_overlaps_a_write_in_flight_waits_for_it() {
     machine.complete(0, done);
     let (rang, woken) = std::thread::scope(|scope| {
         let cut = scope.spawn(|| machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap());
-        let later = || {
-            machine.disks[0]
-                .frozen()
-                .is_some_and(|frozen| frozen.is_settled())
-        };
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while !later() {
-            assert!(std::time::Instant::now() < deadline, "no cut");
-            std::thread::yield_now();
-        }
+        await_settled(&machine, slow.epoch);
         // One that belongs to nobody, one that was written and is not in flight, one that overlaps.
         let (free, other, overlapping) = (
             admit(blocks(100, 3)),
@@ -844,6 +838,48 @@ fn only_what_overlaps_a_write_in_flight_waits_for_it() {
     keepers.end().unwrap();
 }
 
+/// Else it could wait for a write of the epoch after the next, and that one for it.
+#[test]
+fn nobody_waits_for_an_epoch_that_is_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let (machine, mut keepers, _disk) = quiet(folder.path());
+    let extent = Extent {
+        first_block: 5,
+        block_count: 1,
+    };
+    let admit = || machine.admit(0, 0, extent, Operation::Write);
+    let stuck = admit();
+    let (late, woken) = std::thread::scope(|scope| {
+        const BRIEFLY: Duration = Duration::from_millis(200);
+        let cut = scope.spawn(|| machine.cut(Epoch::ZERO, Keep::Changed, BRIEFLY));
+        await_settled(&machine, stuck.epoch);
+        let late = admit();
+        assert!(late.copies);
+        let (bell, woken) = bell();
+        machine.await_copy(0, extent, &bell, 1);
+        assert!(cut.join().unwrap().is_err());
+        (late, woken)
+    });
+    let rang = woken.recv_timeout(Duration::from_secs(2));
+    machine.complete(0, stuck);
+    machine.complete(0, late);
+    assert_eq!(rang, Ok(1), "the write waits for nothing");
+    keepers.end().unwrap();
+}
+
+/// Waits until it is known which blocks belong to an epoch that is being closed.
+fn await_settled(machine: &Machine, epoch: Epoch) {
+    let is_settled = || {
+        let frozen = machine.disks[0].frozen();
+        frozen.is_some_and(|frozen| frozen.epoch == epoch && frozen.is_settled())
+    };
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !is_settled() {
+        assert!(std::time::Instant::now() < deadline, "no cut");
+        std::thread::yield_now();
+    }
+}
+
 /// The epoch for which it would have waited may be sealed, and its own closed, before it is left waiting.
 #[test]
 fn a_write_never_waits_for_itself() {
@@ -861,15 +897,7 @@ fn a_write_never_waits_for_itself() {
     machine.seal(first).unwrap();
     std::thread::scope(|scope| {
         let cut = scope.spawn(|| machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap());
-        let is_late = || {
-            let frozen = machine.disks[0].frozen();
-            frozen.is_some_and(|frozen| frozen.epoch == late.epoch && frozen.is_settled())
-        };
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while !is_late() {
-            assert!(std::time::Instant::now() < deadline, "no cut");
-            std::thread::yield_now();
-        }
+        await_settled(&machine, late.epoch);
         let (bell, woken) = bell();
         machine.await_copy(0, extent, &bell, 1);
         let rang = woken.recv_timeout(Duration::from_secs(2));
@@ -877,6 +905,40 @@ fn a_write_never_waits_for_itself() {
         cut.join().unwrap();
         assert_eq!(rang, Ok(1), "the write waits for itself");
     });
+    keepers.end().unwrap();
+}
+
+/// A tracker that goes on with a closed epoch copies for it what belongs to it, not what was written since.
+#[test]
+fn after_a_kill_only_what_belongs_to_the_closed_epoch_is_copied() {
+    let folder = tempfile::tempdir().unwrap();
+    let block = |first_block| Extent {
+        first_block,
+        block_count: 1,
+    };
+    let (machine, mut keepers, _disk) = quiet(folder.path());
+    let write = |machine: &Machine, first_block| {
+        let admission = machine.admit(0, 0, block(first_block), Operation::Write);
+        machine.complete(0, admission);
+        admission
+    };
+    // As of its first epoch every block of a disk counts as changed.
+    let first = machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap();
+    machine.seal(first).unwrap();
+    machine.commit(first).unwrap();
+    write(&machine, 5);
+    let closed = machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap();
+    assert!(!write(&machine, 50).copies);
+    keepers.end().unwrap();
+    drop(keepers);
+    drop(machine);
+    let (machine, mut keepers, _disk) = quiet(folder.path());
+    assert_eq!(machine.status().closed, Some(closed));
+    assert!(write(&machine, 5).copies);
+    assert!(
+        !write(&machine, 50).copies,
+        "it belongs to the open epoch alone"
+    );
     keepers.end().unwrap();
 }
 

@@ -48,6 +48,7 @@ fn open(folder: &Path, ring_bytes: u64, sizes: [u64; DISKS]) -> Machine {
         rebuild: false,
         tracking: true,
         preserve_budget_bytes: 0,
+        frozen_views: false,
     };
     Machine::open(specs.collect(), &options).unwrap().0
 }

@@ -21,6 +21,9 @@ pub struct MachineStatus {
     pub sealed: Epoch,
     /// The highest epoch that is a recovery point.
     pub committed: Epoch,
+    /// The closed epoch, where it is a snapshot.
+    #[serde(default)]
+    pub held: Option<Epoch>,
     /// Times that changes of an earlier epoch became those of the open one, since the tracker started.
     #[serde(default)]
     pub epochs_merged: u64,
@@ -116,6 +119,9 @@ pub struct DiskStatus {
     /// Why the closed epoch is given up, if it is.
     #[serde(default)]
     pub preserve_failure: Option<String>,
+    /// Why the frozen view of it is given up, if it is.
+    #[serde(default)]
+    pub view_failure: Option<String>,
     /// Blocks that were copied before guests overwrote them, since the tracker started.
     #[serde(default)]
     pub copied_blocks: u64,
@@ -135,6 +141,7 @@ impl Machine {
         MachineStatus {
             open: self.clock.open(),
             closed: states.iter().filter_map(|state| state.closed).max(),
+            held: self.held(),
             sealed: lowest(|state| state.sealed),
             committed: lowest(|state| state.committed),
             epochs_merged: self.merged.load(Ordering::Relaxed),
@@ -156,6 +163,9 @@ impl Machine {
         let rate = rates.up_to(sample);
         let intents = disk.journal.intent_status();
         let frozen = disk.frozen();
+        let views = frozen
+            .as_ref()
+            .is_some_and(|frozen| frozen.area.subject().all);
         DiskStatus {
             name: disk.spec.name.clone(),
             image: disk.spec.image.clone(),
@@ -190,7 +200,12 @@ impl Machine {
             preserve_used_bytes: frozen.as_ref().map_or(0, |frozen| frozen.area.used_bytes()),
             preserve_budget_bytes: disk.preserve_budget_bytes,
             preserve_failure: frozen
+                .as_ref()
                 .and_then(|frozen| frozen.area.failure())
+                .map(|failure| failure.text().to_owned()),
+            view_failure: views
+                .then(|| frozen.as_ref()?.area.view_failure())
+                .flatten()
                 .map(|failure| failure.text().to_owned()),
             copied_blocks: disk.copier.copied_blocks.load(Ordering::Relaxed),
             copy_waits: disk.copier.waits.load(Ordering::Relaxed),

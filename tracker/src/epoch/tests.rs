@@ -28,6 +28,7 @@ fn machine(folder: &Path, names: &[&str]) -> Machine {
         rebuild: false,
         tracking: true,
         preserve_budget_bytes: 0,
+        frozen_views: false,
     };
     Machine::open(specs.collect(), &options).unwrap().0
 }

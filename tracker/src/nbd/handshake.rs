@@ -25,7 +25,8 @@ use super::wire::{
     STRING_BYTES_MAX, handshake_flags, info, option, option_reply, transmission_flags,
 };
 use crate::disk::LiveSize;
-use crate::extent::BLOCK_SIZE;
+use crate::engine::View;
+use crate::extent::{BLOCK_SIZE, Epoch};
 
 /// Time that a client has for its whole negotiation.
 pub const DEADLINE: Duration = Duration::from_secs(10);
@@ -50,9 +51,23 @@ pub struct Export {
     pub alignment: u32,
     /// A journal remembers its changes.
     pub tracked: bool,
+    /// It is a frozen view of another export.
+    pub is_view: bool,
 }
 
 impl Export {
+    /// The export of a frozen view of this one, NAME@EPOCH.
+    pub fn frozen(&self, view: &View) -> Self {
+        Self {
+            name: view_name(&self.name, view.frozen.epoch),
+            size: LiveSize::new(view.size_bytes()),
+            read_only: true,
+            alignment: self.alignment,
+            tracked: true,
+            is_view: true,
+        }
+    }
+
     /// Whether clients must have been told of the alignment before they may come in. Those that do
     /// not ask keep to sectors of 512 bytes ("Size constraints").
     fn needs_block_size(&self) -> bool {
@@ -90,6 +105,11 @@ impl Export {
         }
         available
     }
+}
+
+/// Name of the export of a frozen view.
+pub fn view_name(disk: &str, epoch: Epoch) -> String {
+    format!("{disk}@{epoch}")
 }
 
 /// What a client has chosen for its transmission phase.
@@ -514,8 +534,9 @@ impl Channel<'_> {
 
 /// The export of this name; the empty name is the default export where there is one disk.
 fn find(exports: &[Export], name: &[u8]) -> Option<usize> {
-    if name.is_empty() && exports.len() == 1 {
-        return Some(0);
+    let disks = exports.iter().filter(|export| !export.is_view).count();
+    if name.is_empty() && disks == 1 {
+        return exports.iter().position(|export| !export.is_view);
     }
     exports
         .iter()

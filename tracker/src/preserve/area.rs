@@ -165,6 +165,11 @@ impl Area {
             .map_or(0, |word| word.load(Ordering::Acquire))
     }
 
+    /// Bits of the blocks that belong to the epoch, as they were written down.
+    pub fn changed(&self, index: u64) -> u64 {
+        self.bits(Map::Changed, index)
+    }
+
     /// Writes what belongs to the epoch in one page of the maps, and makes room for what the shipper will write
     /// there.
     ///

@@ -305,6 +305,7 @@ impl World {
                 rebuild: false,
                 tracking: true,
                 preserve_budget_bytes: 0,
+                frozen_views: false,
             },
             storage: Rc::new(RefCell::new(storage)),
             guest: Rc::new(RefCell::new(guest)),
