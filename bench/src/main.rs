@@ -1,7 +1,8 @@
 //! Measures the tracker and its peers side by side: fresh server for each run, order rotated each
 //! round, one server twice as the noise floor, medians of ratios within a round. With `--cost`, what
-//! tracking costs, in the same way and in some others.
+//! tracking costs, in the same way and in some others; with `--capture`, what recovery points cost.
 
+mod capture;
 mod cost;
 mod fio;
 mod job;
@@ -47,6 +48,9 @@ fn run(settings: &Settings) -> Result<()> {
     nix::sys::prctl::set_child_subreaper(true)?;
     if settings.cost {
         return cost::run(settings);
+    }
+    if settings.capture {
+        return capture::run(settings);
     }
     let plan = settings.plan()?;
     let counter = settings.syscalls.then(Counter::find).transpose()?;

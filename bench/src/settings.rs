@@ -57,6 +57,10 @@ pub struct Settings {
     /// takes --rounds, --seconds and --size-mib
     #[arg(long, conflicts_with_all = ["quick", "jobs", "clients", "servers"], requires = "shipper")]
     pub cost: bool,
+    /// What taking recovery points costs, on the last folder: an epoch every 5 s on a disk of 8 GiB, against
+    /// none. Needs --shipper; takes --rounds, --seconds, --size-mib and --direct
+    #[arg(long, conflicts_with_all = ["quick", "cost", "jobs", "clients", "servers"], requires = "shipper")]
+    pub capture: bool,
     /// The shipper program
     #[arg(long, value_name = "PATH")]
     pub shipper: Option<PathBuf>,

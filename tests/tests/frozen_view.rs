@@ -366,6 +366,24 @@ fn a_view_past_its_budget_is_given_up_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_view_tells_data_throughout() {
+    require(&["nbdinfo"]);
+    let site = Site::new(&[("disk", 4 * MIB)]);
+    let _tracker = site.start_tracker();
+    let mut guest = site.connect("disk");
+    guest.write(MIB, &[1; MIB as usize]).unwrap();
+    let epoch = take(&site);
+    // A hole by now, and data at the snapshot.
+    guest.trim(MIB, MIB as u32).unwrap();
+    let uri = site.uri(&view("disk", &epoch));
+    let json = run(Command::new("nbdinfo").args(["--json", "--map", &uri])).success();
+    let extents: Vec<Value> = serde_json::from_str(&json).unwrap();
+    assert!(extents.iter().all(|extent| extent["type"] == 0), "{json}");
+    let mut client = site.connect(&view("disk", &epoch));
+    assert_eq!(client.read(MIB, 4096).unwrap(), [1; 4096]);
+}
+
+#[test]
 fn a_view_is_read_only_and_listed_while_it_is_there() {
     require(&["nbdinfo"]);
     let site = Site::new(&[("disk", 4 * MIB)]);
@@ -388,6 +406,8 @@ fn a_view_is_read_only_and_listed_while_it_is_there() {
     assert!(refused(client.trim(0, 4096)));
     assert_eq!(client.read(0, 4096).unwrap(), [1; 4096]);
     assert_eq!(site.connect("disk").read(0, 4096).unwrap(), [1; 4096]);
+    // The empty name goes on meaning the disk itself.
+    assert_eq!(site.connect("").flags() & READ_ONLY, 0);
     // The short form of the number names it, too; other numbers name nothing.
     let number = u64::from_str_radix(&epoch, 16).unwrap();
     let connect = |export: &str| Client::unix(&site.socket(), export);
@@ -397,6 +417,8 @@ fn a_view_is_read_only_and_listed_while_it_is_there() {
         "disk@".to_owned(),
         "disk@+1".to_owned(),
         format!("other@{epoch}"),
+        format!("@{epoch}"),
+        format!("disk@{epoch}@"),
     ] {
         assert!(connect(&wrong).is_err(), "{wrong}");
     }

@@ -86,6 +86,7 @@ fn every_test_that_a_row_names_exists() {
         "nbd_tls",
         "nbd_direct",
         "resize",
+        "frozen_view",
     ] {
         sources.push_str(&read(&format!("tests/tests/{file}.rs")));
     }

@@ -752,10 +752,13 @@ fn when_both_are_killed_the_next_shipper_thaws() {
     held.world.kill_shipper();
     held.writer.as_ref().unwrap().await_blocked();
     assert!(held.agent.is_frozen() && held.note().exists());
-    let shipper = held.world.site.start_shipper();
-    held.world.shipper = Some(shipper);
+    // It thaws even where it cannot go on.
+    let elsewhere = held.world.path("elsewhere");
+    fs::rename(held.world.site.vault(), &elsewhere).unwrap();
+    held.world.site.shipper(&["run"]).failure();
     held.await_thawed();
     assert!(!held.note().exists());
+    fs::rename(&elsewhere, held.world.site.vault()).unwrap();
 }
 
 #[test]

@@ -381,10 +381,8 @@ fn control_path(
 }
 
 fn parse_epoch(text: &str) -> std::result::Result<Epoch, String> {
-    let number = u64::from_str_radix(text, 16)
-        .ok()
-        .filter(|&number| number > 0);
-    number.map(Epoch).ok_or_else(|| {
+    let epoch = Epoch::parse(text).filter(|&epoch| epoch > Epoch::ZERO);
+    epoch.ok_or_else(|| {
         format!("{text:?} is not an epoch: up to sixteen hexadecimal digits above zero")
     })
 }

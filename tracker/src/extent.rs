@@ -21,6 +21,14 @@ impl Epoch {
     /// Before the first epoch.
     pub const ZERO: Self = Self(0);
 
+    /// The epoch of a text of one to sixteen hexadecimal digits.
+    pub fn parse(text: &str) -> Option<Self> {
+        let is_number =
+            (1..=16).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = u64::from_str_radix(text, 16).ok();
+        number.filter(|_| is_number).map(Self)
+    }
+
     /// The epoch after this one. None follows the greatest number.
     #[must_use]
     pub fn next(self) -> Self {

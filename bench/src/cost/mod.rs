@@ -2,9 +2,9 @@
 //! and starts after a crash.
 
 mod client;
-mod counters;
+pub mod counters;
 mod crash;
-mod protected;
+pub mod protected;
 mod start;
 mod targets;
 mod zipf;

@@ -42,19 +42,33 @@ impl Shipper {
     ///
     /// A command fails.
     pub fn start(program: &Path, server: &Running) -> Result<Self> {
-        let folder = server.folder().to_owned();
-        let vault = format!("file://{}", folder.join("vault").display());
-        let disk = server.image();
-        let name = disk.file_name().unwrap_or_default();
-        let text = format!(
-            "machine = \"bench\"\ntracker = {:?}\nvault = {vault:?}\nstate = {:?}\ninterval = \"24h\"\n\
-             [[disk]]\nname = {name:?}\npath = {disk:?}\n",
-            server.control(),
-            folder.join("state"),
-        );
-        std::fs::write(folder.join(CONFIGURATION), text)?;
+        Self::start_with(program, server, "interval = \"24h\"\n")
+    }
+
+    /// The same with an interval, and other lines of the configuration.
+    ///
+    /// # Errors
+    ///
+    /// A command fails.
+    pub fn start_with(program: &Path, server: &Running, lines: &str) -> Result<Self> {
+        let vault = configure(server, lines)?;
         success(Command::new(program).arg("init").arg(&vault))?;
-        success(&mut command(program, &folder, "protect"))?;
+        success(&mut command(program, server.folder(), "protect"))?;
+        Self::launch(program, server)
+    }
+
+    /// Starts it again on the vault and state that an earlier one has left, with these lines.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn start_again(program: &Path, server: &Running, lines: &str) -> Result<Self> {
+        configure(server, lines)?;
+        Self::launch(program, server)
+    }
+
+    fn launch(program: &Path, server: &Running) -> Result<Self> {
+        let folder = server.folder().to_owned();
         let log = File::create(folder.join("shipper.log"))?;
         let child = command(program, &folder, "run")
             .stdin(Stdio::null())
@@ -67,6 +81,11 @@ impl Shipper {
             folder,
             child,
         })
+    }
+
+    /// Its control socket.
+    pub fn control(&self) -> PathBuf {
+        self.folder.join("state").join("shipper.sock")
     }
 
     /// Waits until it has nothing to do, with the tracker beside it.
@@ -175,6 +194,22 @@ impl Drop for Shipper {
 const CONFIGURATION: &str = "shipper.toml";
 /// Digits of the number of a recovery point.
 const POINT_DIGITS: usize = 16;
+
+/// Writes the configuration file; the address of the vault.
+fn configure(server: &Running, lines: &str) -> Result<String> {
+    let folder = server.folder();
+    let vault = format!("file://{}", folder.join("vault").display());
+    let disk = server.image();
+    let name = disk.file_name().unwrap_or_default();
+    let text = format!(
+        "machine = \"bench\"\ntracker = {:?}\nvault = {vault:?}\nstate = {:?}\n{lines}\
+         [[disk]]\nname = {name:?}\npath = {disk:?}\n",
+        server.control(),
+        folder.join("state"),
+    );
+    std::fs::write(folder.join(CONFIGURATION), text)?;
+    Ok(vault)
+}
 
 fn is_idle(status: &Value) -> bool {
     let problems = status.get("problems").and_then(Value::as_object);

@@ -173,7 +173,11 @@ impl Reader<'_> {
                     }
                     Some(batch) => {
                         let reads = self.reads_of(&batch);
-                        self.pace.read(batch.data_blocks() as u64 * BLOCK_SIZE);
+                        let (idle, freed) = (self.idle.len(), &self.freed);
+                        // All but the one that is about to be filled.
+                        let is_busy = || idle + freed.len() + 1 < BUFFERS;
+                        self.pace
+                            .read(batch.data_blocks() as u64 * BLOCK_SIZE, is_busy);
                         let content = Numbered { number, batch };
                         number += 1;
                         let job = Job {

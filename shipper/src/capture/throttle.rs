@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 /// Pauses shorter than this are saved up; a thread does not wake more exactly than that.
 const PAUSE_MIN: Duration = Duration::from_millis(2);
+/// Longest pause before it is looked again whether others have work.
+const SLICE: Duration = Duration::from_millis(4);
 /// Steps by which the threads of capture stand back behind those of guests when both want a processor (`nice(2)`).
 const NICENESS: i32 = 10;
 
@@ -56,18 +58,24 @@ impl<'a> Pace<'a> {
         }
     }
 
-    /// So much is read next: pauses until it may be.
-    pub fn read(&mut self, bytes: u64) {
-        let elapsed = self.started.elapsed();
-        let worked = elapsed.saturating_sub(self.paused);
-        let least = self.throttle.least_time(self.bytes, worked);
-        self.bytes += bytes;
-        let pause = least.saturating_sub(elapsed);
-        if pause >= PAUSE_MIN {
+    /// So much is read next: pauses until it may be. While `is_busy` others work on what was read before, and
+    /// that counts as work.
+    pub fn read(&mut self, bytes: u64, is_busy: impl Fn() -> bool) {
+        loop {
+            let elapsed = self.started.elapsed();
+            let worked = elapsed.saturating_sub(self.paused);
+            let least = self.throttle.least_time(self.bytes, worked);
+            let pause = least.saturating_sub(elapsed);
+            if pause < PAUSE_MIN {
+                break;
+            }
             let before = Instant::now();
-            std::thread::sleep(pause);
-            self.paused += before.elapsed();
+            std::thread::sleep(pause.min(SLICE));
+            if !is_busy() {
+                self.paused += before.elapsed();
+            }
         }
+        self.bytes += bytes;
     }
 }
 
@@ -100,6 +108,27 @@ mod tests {
     }
 
     #[test]
+    fn the_work_of_others_counts_for_the_share() {
+        let throttle = Throttle {
+            bytes_per_second: None,
+            share_percent: 20,
+        };
+        let mut pace = Pace::new(&throttle);
+        // Others work for as long as ten looks take.
+        let looks = std::cell::Cell::new(0);
+        let is_busy = || {
+            looks.set(looks.get() + 1);
+            looks.get() <= 10
+        };
+        let begin = Instant::now();
+        std::thread::sleep(Duration::from_millis(3));
+        pace.read(1, is_busy);
+        let worked = pace.started.elapsed() - pace.paused;
+        assert!(worked >= 8 * SLICE, "{worked:?}");
+        assert!(begin.elapsed() + PAUSE_MIN >= worked * 5, "{worked:?}");
+    }
+
+    #[test]
     fn a_pace_takes_the_time_that_its_rate_asks_for() {
         let throttle = Throttle {
             bytes_per_second: Some(100 << 20),
@@ -108,7 +137,7 @@ mod tests {
         let mut pace = Pace::new(&throttle);
         let begin = Instant::now();
         for _ in 0..81 {
-            pace.read(128 << 10);
+            pace.read(128 << 10, || false);
         }
         // Ten MiB and a rest, less what is saved up.
         assert!(

@@ -27,7 +27,7 @@ use tracker::journal::reader::JournalReader;
 use super::config::{Config, DiskConfig};
 use super::control::{Asked, Door, Made, Reply};
 use super::progress::ScanState;
-use super::rest::{Resting, Wish};
+use super::rest::{Resting, Wish, thaw_at_start};
 use super::resync::{Probe, WATCH_INTERVAL};
 use super::state::{MachineState, StateFolder};
 use crate::capture::source::DiskSource;
@@ -143,6 +143,7 @@ pub fn run(
     ready: impl FnOnce(&Config),
 ) -> Result<Option<Epoch>> {
     let state = StateFolder::open(&config.state)?;
+    thaw_at_start(&config);
     let (sender, events) = unbounded();
     let socket = StateFolder::socket(&config.state);
     let mut conductor = Conductor::start(config, state, stop, &sender, events)?;
@@ -290,10 +291,10 @@ impl Conductor {
     }
 
     fn step(&mut self) -> std::result::Result<Duration, Trouble> {
+        self.thaw_left();
         self.open_tables().at(Part::Spool)?;
         self.connect()?;
         self.release()?;
-        self.thaw_left();
         self.board.note(Part::Tracker, None);
         self.begin_marked()?;
         if self.scan.is_running() {

@@ -26,7 +26,7 @@ const CUT_PATIENCE: Duration = Duration::from_secs(5);
 /// Recovery points that may be given up before those who wait for one are told.
 const GIVEN_UP_MAX: u32 = 3;
 /// Pause before what may still be frozen is thawed again.
-const THAW_PAUSE: Duration = Duration::from_secs(10);
+const THAW_PAUSE: Duration = Duration::from_secs(2);
 
 /// Somebody who wants a recovery point.
 pub(super) struct Wish {
@@ -109,8 +109,8 @@ pub(super) struct Resting {
 }
 
 impl Resting {
-    /// Thaws what a killed shipper may have left frozen, and refuses hooks that would freeze ourselves.
-    /// The first quiesced point is due at once.
+    /// Refuses hooks that would freeze ourselves, and shows what `thaw_at_start` could not thaw. The first
+    /// quiesced point is due at once.
     pub fn start(config: &Config, board: &Board) -> Result<Self> {
         let mut resting = Self::default();
         resting.thaw_left(config, board);
@@ -145,6 +145,16 @@ impl Resting {
             let own = self.interval.unwrap_or(interval);
             self.due = Some(now + own.min(interval));
         }
+    }
+}
+
+/// Thaws what a killed shipper may have left frozen. The first of all steps: without vault or tracker a
+/// shipper gets no further, and guests would stand still. Whatever fails is tried again.
+pub(super) fn thaw_at_start(config: &Config) {
+    match recover(&config.state) {
+        Ok(None) => {}
+        Ok(Some(what)) => tracing::error!("{}", still_frozen(&what)),
+        Err(error) => tracing::error!("{}", error.chain()),
     }
 }
 

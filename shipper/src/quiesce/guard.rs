@@ -229,7 +229,10 @@ impl Guard {
             }
         }
         reports.tell(&Report::Frozen);
-        if reports.told.recv_deadline(until) == Err(RecvTimeoutError::Timeout) {
+        let told = reports.told.recv_deadline(until);
+        // The shipper counts from the last report how long a step takes.
+        reports.tell(&Report::Ran);
+        if told == Err(RecvTimeoutError::Timeout) {
             self.reason = Some(format!(
                 "The time limit of {} s was over before the cut was made",
                 self.time_limit.as_secs_f64()

@@ -78,7 +78,12 @@ fn carry_out(request: Request, context: &Context) -> Result<Value> {
             }
             json(&machine.release(epoch, done)?)
         }
-        Request::Revert {} => json(&machine.revert()?),
+        Request::Revert {} => {
+            machine
+                .held()
+                .map_or(Ok(()), |held| machine.check_not_held(held))?;
+            json(&machine.revert()?)
+        }
         Request::Resize { disk, size } => {
             // Two that want more at the same moment get both.
             let lock = context.resizing.lock();

@@ -47,7 +47,7 @@ impl Worker {
         self.operations[slot] = Some(operation);
         match admission.waits {
             Some(era) => machine.await_regions(disk, extent, era, &self.bell, slot),
-            None => machine.await_copy(disk, extent, &self.bell, slot),
+            None => machine.await_copy(disk, extent, admission.epoch, &self.bell, slot),
         }
         None
     }

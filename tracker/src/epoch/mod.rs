@@ -307,13 +307,21 @@ impl Machine {
         tracked.is_some_and(|disk| disk.must_copy(epoch, extent))
     }
 
-    /// Leaves a write that has to wait until blocks are copied. The waiter is woken once, with this token, and then
-    /// the data may go to the disk.
-    pub fn await_copy(&self, disk: usize, extent: Extent, waiter: &Arc<dyn Waiter>, token: usize) {
+    /// Leaves a write of an epoch that has to wait until blocks of the one before are copied. The waiter is woken once,
+    /// with this token, and then the data may go to the disk.
+    pub fn await_copy(
+        &self,
+        disk: usize,
+        extent: Extent,
+        epoch: Epoch,
+        waiter: &Arc<dyn Waiter>,
+        token: usize,
+    ) {
         let Some(disk) = self.disks.get(disk) else {
             return waiter.wake(token);
         };
-        match disk.frozen() {
+        // By now its own epoch may be the one that is closed, which has to wait for it.
+        match disk.frozen().filter(|frozen| frozen.epoch < epoch) {
             Some(frozen) => disk.copier.leave(CopyJob {
                 frozen,
                 extent,
@@ -380,6 +388,10 @@ impl Machine {
     /// or a superblock cannot be synced; then the epoch is closed all the same.
     pub fn cut(&self, minimum: Epoch, keep: Keep, drain_timeout: Duration) -> Result<Epoch> {
         let _moving = self.begin()?;
+        self.cut_now(minimum, keep, drain_timeout)
+    }
+
+    fn cut_now(&self, minimum: Epoch, keep: Keep, drain_timeout: Duration) -> Result<Epoch> {
         if let Some(closed) = self.closed() {
             let what = match self.held() {
                 Some(_) => format!("Epoch {closed} is held: {RELEASE}"),

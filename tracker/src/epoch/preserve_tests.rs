@@ -130,8 +130,6 @@ struct World {
     dying: AtomicBool,
     stop: AtomicBool,
     ticks: AtomicU64,
-    /// Held by writers from the look at what has to be copied until they wait for it, and where a capture ends.
-    looking: RwLock<()>,
     /// Newest epoch of a write that was answered.
     answered: AtomicU64,
     log: [Mutex<BTreeMap<u64, Vec<Written>>>; DISKS],
@@ -164,7 +162,6 @@ impl World {
             dying: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             ticks: AtomicU64::new(1),
-            looking: RwLock::new(()),
             answered: AtomicU64::new(0),
             log: Default::default(),
             violations: Mutex::default(),
@@ -299,10 +296,8 @@ impl World {
             }
             copies = machine.must_copy(disk, extent, admission.epoch);
         }
-        let looking = self.looking.read().unwrap();
-        if copies && machine.must_copy(disk, extent, admission.epoch) {
-            machine.await_copy(disk, extent, bell, 8);
-            drop(looking);
+        if copies {
+            machine.await_copy(disk, extent, admission.epoch, bell, 8);
             self.await_bell(woken)?;
         }
         Ok(())
@@ -373,8 +368,8 @@ fn spec(folder: &Path, disk: usize, size_bytes: u64) -> DiskSpec {
 struct Shipper<'a> {
     world: &'a World,
     random: Random,
-    machine: Arc<Machine>,
-    keepers: Keepers,
+    /// `None` for the moment between a kill and a start.
+    running: Option<(Arc<Machine>, Keepers)>,
     mirrors: [Mirror; DISKS],
     committed: [Mirror; DISKS],
     /// Sealed and not committed.
@@ -392,8 +387,7 @@ impl<'a> Shipper<'a> {
         Self {
             world,
             random: Random(world.plan.seed),
-            machine,
-            keepers,
+            running: Some((machine, keepers)),
             mirrors: empty.clone(),
             committed: empty,
             waiting: BTreeMap::new(),
@@ -403,51 +397,38 @@ impl<'a> Shipper<'a> {
         }
     }
 
+    fn machine(&self) -> &Machine {
+        &self.running.as_ref().unwrap().0
+    }
+
     /// The tracker is killed, with writes on their way, and another one goes on.
     fn kill_tracker(&mut self) {
+        let closed = self.machine().status().closed;
         self.world.dying.store(true, Ordering::SeqCst);
-        let mut machine = self.world.machine.write().unwrap();
-        *machine = None;
-        self.keepers.end().unwrap();
+        let mut shared = self.world.machine.write().unwrap();
+        *shared = None;
+        let (last, mut keepers) = self.running.take().unwrap();
+        keepers.end().unwrap();
+        drop(keepers);
         // A journal is locked until nobody has it any more.
-        let closed = self.machine.status().closed;
-        let (gone, nobody) = {
-            let specs = Vec::new();
-            let options = MachineOptions {
-                workers: 1,
-                ring_bytes: 16 << 10,
-                intent_regions: 64,
-                rebuild: false,
-                tracking: false,
-                preserve_budget_bytes: 0,
-                frozen_views: false,
-            };
-            let nobody = Arc::new(Machine::open(specs, &options).unwrap().0);
-            let keepers = Keepers::start(&nobody, &[]).unwrap();
-            (std::mem::replace(&mut self.keepers, keepers), nobody)
-        };
-        drop(gone);
-        let last = std::mem::replace(&mut self.machine, nobody);
         assert_eq!(Arc::strong_count(&last), 1);
         drop(last);
-        (self.machine, self.keepers) = self.world.start();
+        let (machine, keepers) = self.world.start();
+        *shared = Some(Arc::clone(&machine));
+        let status = machine.status();
+        assert!(
+            status.closed == closed || status.epochs_merged > 0,
+            "{closed:?} was not gone on with"
+        );
+        self.running = Some((machine, keepers));
         self.world.dying.store(false, Ordering::SeqCst);
-        *machine = Some(Arc::clone(&self.machine));
-        if let Some(closed) = closed {
-            let resumed = self.machine.status().closed;
-            let failed = self.machine.status().epochs_merged > 0;
-            assert!(
-                resumed == Some(closed) || failed,
-                "{closed} was not gone on with"
-            );
-        }
     }
 
     fn grow(&mut self) {
         let world = self.world;
         let size = world.size(0) + (1 + self.random.below(70)) * BLOCK_SIZE;
         world.disks[0].file.set_len(size).unwrap();
-        self.machine.grow(0, size).unwrap();
+        self.machine().grow(0, size).unwrap();
         world.sizes[0].store(size, Ordering::SeqCst);
     }
 
@@ -473,12 +454,12 @@ impl<'a> Shipper<'a> {
             disk.failing.store(false, Ordering::SeqCst);
         }
         let epoch = self
-            .machine
+            .machine()
             .cut(Epoch::ZERO, Keep::Changed, PATIENCE)
             .unwrap();
         let readers = [0, 1].map(|disk: usize| {
             let path = self.world.folder.path().join(format!("{disk}.preserve"));
-            let journal = JournalReader::open(self.machine.journal_path(disk).unwrap()).unwrap();
+            let journal = JournalReader::open(self.machine().journal_path(disk).unwrap()).unwrap();
             PreserveReader::open(&path, &journal.journal_id(), epoch).unwrap()
         });
         let mut mirrors = self.mirrors.clone();
@@ -489,18 +470,15 @@ impl<'a> Shipper<'a> {
             }
         }
         let failed = readers.iter().any(|reader| reader.failure().is_some());
-        let is_closed = self.machine.status().closed == Some(epoch);
+        let is_closed = self.machine().status().closed == Some(epoch);
         if failed || !is_closed || self.random.one_in(6) {
             self.given_up += 1;
-            let _looking = self.world.looking.write().unwrap();
-            self.machine.abandon(epoch).unwrap();
+            self.machine().abandon(epoch).unwrap();
             return None;
         }
         self.sealed += 1;
         let wrong = self.judge(epoch, &mirrors);
-        let looking = self.world.looking.write().unwrap();
-        self.machine.seal(epoch).unwrap();
-        drop(looking);
+        self.machine().seal(epoch).unwrap();
         self.mirrors = mirrors;
         self.waiting.insert(epoch, self.mirrors.clone());
         self.commit_or_lose();
@@ -524,13 +502,13 @@ impl<'a> Shipper<'a> {
     /// Commits lag behind; at times the spool is lost.
     fn commit_or_lose(&mut self) {
         if self.random.one_in(8) {
-            self.machine.revert().unwrap();
+            self.machine().revert().unwrap();
             self.waiting.clear();
             self.mirrors = self.committed.clone();
         } else if self.random.one_in(2)
             && let Some((epoch, mirrors)) = self.waiting.pop_first()
         {
-            self.machine.commit(epoch).unwrap();
+            self.machine().commit(epoch).unwrap();
             self.committed = mirrors;
         }
     }
@@ -544,7 +522,7 @@ impl<'a> Shipper<'a> {
         hot: bool,
         mirror: &mut Mirror,
     ) {
-        let journal = JournalReader::open(self.machine.journal_path(disk).unwrap()).unwrap();
+        let journal = JournalReader::open(self.machine().journal_path(disk).unwrap()).unwrap();
         let sealed = journal.state().unwrap().sealed;
         let whole = Extent {
             first_block: 0,
@@ -639,14 +617,19 @@ fn live(plan: Plan) -> Outcome {
     }
     let mut outcome = std::thread::scope(|scope| {
         let mut shipper = Shipper::new(&world);
-        for worker in 0..WRITERS {
+        let writers: [_; WRITERS] = std::array::from_fn(|worker| {
             let world = &world;
-            scope.spawn(move || world.write_on(worker));
-        }
+            scope.spawn(move || world.write_on(worker))
+        });
         // Writers end also when this thread panics.
         let _stop = StopOnDrop(&world.stop);
         let wrong = (0..ROUNDS).find_map(|_| shipper.round());
         world.stop.store(true, Ordering::SeqCst);
+        for writer in writers {
+            writer.join().unwrap();
+        }
+        let (_machine, mut keepers) = shipper.running.take().unwrap();
+        keepers.end().unwrap();
         Outcome {
             wrong: wrong.into_iter().collect(),
             sealed: shipper.sealed,
@@ -665,6 +648,11 @@ impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
     }
+}
+
+/// Whether there are enough worlds that each thing has happened in some.
+fn are_many() -> bool {
+    std::env::var("SEED").is_err()
 }
 
 /// `SEED=` replays the plan of one world; threads take turns as they like.
@@ -694,7 +682,7 @@ fn what_is_captured_is_the_moment_of_the_cut() {
         preserved += outcome.preserved;
     }
     assert!(
-        sealed > 20 && preserved > 100,
+        !are_many() || sealed > 20 && preserved > 100,
         "{sealed} sealed, {preserved} blocks preserved"
     );
 }
@@ -712,7 +700,7 @@ fn trackers_that_are_killed_and_disks_that_fail_or_grow_give_nothing_wrong() {
         given_up += outcome.given_up;
     }
     assert!(
-        sealed > 20 && given_up > 20,
+        !are_many() || sealed > 20 && given_up > 20,
         "{sealed} sealed, {given_up} given up"
     );
 }
@@ -729,7 +717,7 @@ fn a_budget_that_does_not_do_gives_the_point_up_and_nothing_wrong() {
         assert_eq!(outcome.wrong, Vec::<String>::new());
         given_up += outcome.given_up;
     }
-    assert!(given_up > 30, "{given_up} given up");
+    assert!(!are_many() || given_up > 30, "{given_up} given up");
 }
 
 #[test]
@@ -805,8 +793,8 @@ fn only_what_overlaps_a_write_in_flight_waits_for_it() {
         assert!(free.epoch > slow.epoch && !free.copies);
         assert!(other.copies && overlapping.copies);
         let (bell, woken) = bell();
-        machine.await_copy(0, blocks(13, 2), &bell, 1);
-        machine.await_copy(0, blocks(50, 1), &bell, 2);
+        machine.await_copy(0, blocks(13, 2), overlapping.epoch, &bell, 1);
+        machine.await_copy(0, blocks(50, 1), other.epoch, &bell, 2);
         let first = woken.recv_timeout(PATIENCE).unwrap();
         // Long after the other one was looked at, too.
         let again = admit(blocks(50, 1));
@@ -856,7 +844,7 @@ fn nobody_waits_for_an_epoch_that_is_given_up() {
         let late = admit();
         assert!(late.copies);
         let (bell, woken) = bell();
-        machine.await_copy(0, extent, &bell, 1);
+        machine.await_copy(0, extent, late.epoch, &bell, 1);
         assert!(cut.join().unwrap().is_err());
         (late, woken)
     });
@@ -899,7 +887,7 @@ fn a_write_never_waits_for_itself() {
         let cut = scope.spawn(|| machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap());
         await_settled(&machine, late.epoch);
         let (bell, woken) = bell();
-        machine.await_copy(0, extent, &bell, 1);
+        machine.await_copy(0, extent, late.epoch, &bell, 1);
         let rang = woken.recv_timeout(Duration::from_secs(2));
         machine.complete(0, late);
         cut.join().unwrap();

@@ -25,9 +25,14 @@ impl Machine {
     ///
     /// As [`Self::cut`].
     pub fn take_snapshot(&self, drain_timeout: Duration) -> Result<Epoch> {
-        let epoch = self.cut(Epoch::ZERO, Keep::All, drain_timeout)?;
-        self.held.store(epoch.0, Ordering::Release);
-        Ok(epoch)
+        let _moving = self.begin()?;
+        let before = self.closed();
+        let cut = self.cut_now(Epoch::ZERO, Keep::All, drain_timeout);
+        // Also one that was not closed durably is held until it is released.
+        if let Some(closed) = self.closed().filter(|_| before.is_none()) {
+            self.held.store(closed.0, Ordering::Release);
+        }
+        cut
     }
 
     /// The closed epoch that is held.
@@ -83,11 +88,14 @@ impl Machine {
         Ok(())
     }
 
-    /// The frozen views that there are: index of the disk and its closed epoch.
+    /// The frozen views that there are: index of the disk and its closed epoch. There is none before the cut is complete:
+    /// writes of the epoch may still change the disk until then, and what belongs to it is not told.
     pub fn views(&self) -> Vec<(usize, Arc<Frozen>)> {
+        let closed = self.closed();
         let of_disk = |(index, disk): (usize, &super::tracked::TrackedDisk)| {
             let frozen = disk.frozen()?;
-            (frozen.area.subject().all && frozen.is_settled()).then_some((index, frozen))
+            let is_there = frozen.area.subject().all && Some(frozen.epoch) == closed;
+            is_there.then_some((index, frozen))
         };
         self.disks.iter().enumerate().filter_map(of_disk).collect()
     }

@@ -109,8 +109,11 @@ impl TrackedDisk {
         if self.spec.preserve.is_none() {
             return Ok(());
         }
-        self.journal
-            .each_extent_after(state.open_after(), |extent| self.carried.insert(extent))?;
+        // With a closed epoch nothing is merged into the open one.
+        if state.closed.is_none() {
+            self.journal
+                .each_extent_after(state.sealed, |extent| self.carried.insert(extent))?;
+        }
         self.journal
             .each_extent_after(state.committed, |extent| self.uncommitted.insert(extent))
     }
@@ -234,13 +237,12 @@ impl TrackedDisk {
         frozen.publish(self.members(frozen.epoch), hot)
     }
 
-    /// Nobody needs the blocks of the closed epoch any more.
+    /// Nobody needs the blocks of the closed epoch any more. Whoever reads its view is told before writes stop to heed
+    /// it, so that nothing overwritten without a copy passes for what it was.
     pub fn thaw(&self, failure: Option<Failure>) {
-        let frozen = self.frozen();
+        let ended = self.frozen().map_or(Ok(()), |frozen| frozen.end(failure));
         self.freeze(None);
-        if let Some(frozen) = frozen
-            && let Err(error) = frozen.end(failure)
-        {
+        if let Err(error) = ended {
             tracing::warn!("{}", error.chain());
         }
     }

@@ -86,6 +86,10 @@ impl Export {
         } else {
             offered |= flags::SEND_TRIM | flags::SEND_WRITE_ZEROES | flags::SEND_FAST_ZERO;
         }
+        if self.is_view {
+            // Nothing of it can be written, nor ever gets more durable.
+            offered &= !flags::SEND_FUA;
+        }
         if mode != Mode::Simple {
             offered |= flags::SEND_DF;
         }
@@ -538,9 +542,17 @@ fn find(exports: &[Export], name: &[u8]) -> Option<usize> {
     if name.is_empty() && disks == 1 {
         return exports.iter().position(|export| !export.is_view);
     }
-    exports
-        .iter()
-        .position(|export| export.name.as_bytes() == name)
+    let named = |name: &[u8]| {
+        let is_it = |export: &Export| export.name.as_bytes() == name;
+        exports.iter().position(is_it)
+    };
+    named(name).or_else(|| named(full_view_name(name)?.as_bytes()))
+}
+
+/// The name of a view whose epoch was given without its leading zeroes.
+fn full_view_name(name: &[u8]) -> Option<String> {
+    let (disk, epoch) = std::str::from_utf8(name).ok()?.rsplit_once('@')?;
+    Some(view_name(disk, Epoch::parse(epoch)?))
 }
 
 /// The name and the wanted kinds of information of INFO and GO; `None` if malformed.
