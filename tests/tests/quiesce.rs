@@ -302,7 +302,8 @@ fn a_thaw_that_fails_is_repeated_and_shown() {
 #[test]
 fn commands_may_end_what_they_start() {
     // The guard blocks signals; a command must not inherit that.
-    let world = World::with(|site| pair(site, "timeout 0.2 sleep 1000; [ $? = 124 ]", "true"));
+    let world =
+        World::with(|site| pair(site, "sleep 1000 & kill $!; wait $!; [ $? = 143 ]", "true"));
     world.cut_at_rest();
 }
 

@@ -1,6 +1,6 @@
 //! Commands of hooks: run with a time limit, and their last words if they fail.
 //!
-//! The guard blocks signals, and a program would inherit that: a `timeout` in a script could then end
+//! The guard blocks signals, and a program would inherit that: a `kill` in a script could then end
 //! nothing. So a command is started by way of `shipper quiesce-exec`, which becomes it with all signals
 //! allowed. It waits for a word before that: the shipper must know the process by then, to be able to
 //! end it if the guard dies.

@@ -28,7 +28,7 @@ pub fn request(command: &str) -> Vec<u8> {
 
 /// Whether a line is the answer to `sync_request`. All others are stale.
 pub fn is_in_step(line: &[u8], id: u64) -> bool {
-    let Some(at) = Some(0) else {
+    let Some(at) = line.iter().rposition(|byte| *byte == DELIMITER) else {
         return false;
     };
     let answer: Option<Value> = serde_json::from_slice(&line[at + 1..]).ok();
