@@ -87,8 +87,11 @@ fn goes_on_without_room(storage: &Path, random: &mut Random) {
     let mut site = Site::new_on(storage, &[("disk", DISK_BYTES)]);
     let small = ["--ring-size", "16KiB", "--intent-cap", "64MiB"];
     site.tracker_arguments = small.map(str::to_owned).into();
-    // The shipper has room.
+    // The shipper has room, and so have the blocks that are kept for it.
     fs::create_dir(site.path("elsewhere")).unwrap();
+    let kept = site.path("elsewhere").to_str().unwrap().to_owned();
+    site.tracker_arguments
+        .extend(["--preserve-dir".to_owned(), kept]);
     symlink(site.path("elsewhere"), site.state()).unwrap();
     let tracker = site.start_tracker();
     site.protect();
