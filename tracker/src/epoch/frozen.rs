@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::extent::{Epoch, Extent};
 use crate::journal::mapping::PageBuffer;
 use crate::preserve::area::{Area, BlockSource, COPY_BLOCKS_MAX, remove};
-use crate::preserve::format::{Failure, Map, PAGE_WORDS, Subject};
+use crate::preserve::format::{Failure, PAGE_WORDS, Subject};
 
 /// The blocks of the closed epoch, as sets that take no more.
 #[derive(Clone, Copy)]
@@ -78,9 +78,7 @@ impl Frozen {
         own: &Filter,
     ) -> Result<Arc<Self>> {
         let area = Area::resume(path, subject, budget_bytes)?;
-        for index in 0..area.pages() * PAGE_WORDS {
-            own.insert_word(index, area.bits(Map::Changed, index));
-        }
+        area.each_changed_word(|index, bits| own.insert_word(index, bits))?;
         Ok(Arc::new(Self {
             epoch: subject.epoch,
             area,

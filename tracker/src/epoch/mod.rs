@@ -498,7 +498,7 @@ impl Machine {
         }
         self.update(|state| state.seal(epoch))?;
         for disk in &self.disks {
-            disk.set_down(epoch)?;
+            disk.set_down()?;
             disk.thaw(None);
         }
         Ok(())
@@ -547,12 +547,6 @@ impl Machine {
             ));
         }
         self.update(|state| state.commit(epoch))?;
-        let waits = |state: &EpochState| state.sealed > state.committed;
-        if !self.states().iter().any(waits) {
-            for disk in &self.disks {
-                disk.forget()?;
-            }
-        }
         Ok(())
     }
 
@@ -573,7 +567,7 @@ impl Machine {
             None => {}
         }
         for disk in &self.disks {
-            disk.take_back();
+            disk.take_back()?;
         }
         self.update(EpochState::revert)
     }

@@ -2,7 +2,7 @@
 //!
 //! Which blocks belong to an epoch is known twice. The journal knows it across any crash, but at times by whole
 //! units, or together with later ones. The filters know it exactly: `filters` those of the open epoch and the one
-//! before, `carried` those that the open one has taken over, `uncommitted` those that it may have to.
+//! before, `carried` those that the open one has taken over.
 //! Each holds at least what belongs to it, so that what is captured, which is what both name, is complete.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +19,7 @@ use super::{DiskSpec, MachineOptions, Operation};
 use crate::error::Result;
 use crate::extent::{Epoch, Extent, blocks_of};
 use crate::failpoint::{Place, reached};
+use crate::journal::reader::JournalReader;
 use crate::journal::recovery::boot_id;
 use crate::journal::state::EpochState;
 use crate::journal::{self, Journal, JournalOptions, Marked, RecoveryReport};
@@ -36,8 +37,6 @@ pub(super) struct TrackedDisk {
     hot: [Filter; 2],
     /// Blocks of epochs that were merged into the open one.
     carried: Filter,
-    /// At least the blocks of epochs that are sealed and not committed.
-    uncommitted: Filter,
     /// Number of the closed epoch whose blocks are kept; zero if there is none.
     frozen_epoch: AtomicU64,
     frozen: ArcSwapOption<Frozen>,
@@ -74,7 +73,6 @@ impl TrackedDisk {
             filters: [filter()?, filter()?],
             hot: [filter()?, filter()?],
             carried: filter()?,
-            uncommitted: filter()?,
             frozen_epoch: AtomicU64::new(0),
             frozen: ArcSwapOption::empty(),
             copier: Copier::default(),
@@ -114,8 +112,7 @@ impl TrackedDisk {
             self.journal
                 .each_extent_after(state.sealed, |extent| self.carried.insert(extent))?;
         }
-        self.journal
-            .each_extent_after(state.committed, |extent| self.uncommitted.insert(extent))
+        Ok(())
     }
 
     /// The filter of an epoch: of the open one, or of the one before it.
@@ -150,8 +147,7 @@ impl TrackedDisk {
     /// Gives the filters room for a disk that has grown.
     pub fn reach(&self, size_bytes: u64) -> Result<()> {
         let blocks = blocks_of(size_bytes);
-        let sets = [&self.carried, &self.uncommitted];
-        let mut filters = self.filters.iter().chain(&self.hot).chain(sets);
+        let mut filters = self.filters.iter().chain(&self.hot).chain([&self.carried]);
         filters.try_for_each(|filter| filter.reach(blocks))
     }
 
@@ -252,24 +248,22 @@ impl TrackedDisk {
         self.carried.insert_all(self.filter(epoch), self.pages());
     }
 
-    /// A closed epoch is sealed: its blocks belong to the open one no more, unless the spool is lost.
-    pub fn set_down(&self, epoch: Epoch) -> Result<()> {
-        if self.spec.preserve.is_none() {
-            return Ok(());
-        }
-        let pages = self.pages();
-        self.uncommitted.insert_all(self.filter(epoch), pages);
-        self.uncommitted.insert_all(&self.carried, pages);
+    /// The closed epoch is sealed: its blocks belong to the open one no more, unless the spool is lost.
+    pub fn set_down(&self) -> Result<()> {
         self.carried.clear()
     }
 
-    /// Nothing is sealed that is not committed.
-    pub fn forget(&self) -> Result<()> {
-        self.uncommitted.clear()
-    }
-
-    /// The spool is lost.
-    pub fn take_back(&self) {
-        self.carried.insert_all(&self.uncommitted, self.pages());
+    /// The spool is lost: the open epoch takes over whatever the journal knows since the committed one.
+    pub fn take_back(&self) -> Result<()> {
+        if self.spec.preserve.is_none() {
+            return Ok(());
+        }
+        // Read as a shipper reads it, while writes go on. Where every block counts as changed it is scanned.
+        let reader = JournalReader::open(&self.spec.journal)?;
+        let dirty = reader.dirty(self.journal.state().committed, Epoch(u64::MAX))?;
+        for extent in dirty.extents() {
+            self.carried.insert(extent?);
+        }
+        Ok(())
     }
 }

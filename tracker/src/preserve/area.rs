@@ -17,6 +17,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek64};
 use zerocopy::IntoBytes;
 
 use super::format::{
@@ -163,6 +165,34 @@ impl Area {
     pub fn bits(&self, map: Map, index: u64) -> u64 {
         self.word(map, index)
             .map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Calls with every word of the map of the epoch's blocks that may have bits: its number, and the bits. The rest of
+    /// the map is a hole, which is not looked at: it may be large.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn each_changed_word(&self, mut visit: impl FnMut(u64, u64)) -> Result<()> {
+        let begin = self.layout.map_offset(Map::Changed);
+        let end = begin + self.layout.map_bytes;
+        let mut offset = begin;
+        while offset < end {
+            let data = match lseek64(&self.file, offset as i64, Whence::SeekData) {
+                Ok(data) => (data as u64).max(offset),
+                Err(Errno::ENXIO) => break,
+                Err(errno) => return Err(failed(&self.path, "read", errno)),
+            };
+            if data >= end {
+                break;
+            }
+            let page = (data - begin) / PAGE_BYTES;
+            for index in page * PAGE_WORDS..(page + 1) * PAGE_WORDS {
+                visit(index, self.bits(Map::Changed, index));
+            }
+            offset = begin + (page + 1) * PAGE_BYTES;
+        }
+        Ok(())
     }
 
     /// Bits of the blocks that belong to the epoch, as they were written down.
