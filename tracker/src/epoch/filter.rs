@@ -101,6 +101,23 @@ impl Filter {
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
     }
 
+    /// The words that have bits, among so many pages; `None` if there are more than `most`.
+    pub fn words(&self, pages: u64, most: usize) -> Option<Vec<(u64, u64)>> {
+        let mut words = Vec::new();
+        for page in (0..pages).filter(|&page| self.has_page(page)) {
+            for index in page * PAGE_WORDS..(page + 1) * PAGE_WORDS {
+                let bits = self.word(index);
+                if bits != 0 {
+                    words.push((index, bits));
+                }
+            }
+            if words.len() > most {
+                return None;
+            }
+        }
+        Some(words)
+    }
+
     /// Sets every block of another filter that covers as many, up to `pages` pages.
     pub fn insert_all(&self, other: &Self, pages: u64) {
         for page in (0..pages).filter(|&page| other.has_page(page)) {

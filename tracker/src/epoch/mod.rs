@@ -472,8 +472,8 @@ impl Machine {
     fn merge(&self, epoch: Epoch, why: Failure) {
         self.merged.fetch_add(1, Ordering::Relaxed);
         for disk in &self.disks {
-            disk.carry(epoch);
             disk.thaw(Some(why));
+            disk.carry(epoch);
         }
     }
 
@@ -500,6 +500,7 @@ impl Machine {
         for disk in &self.disks {
             disk.set_down()?;
             disk.thaw(None);
+            disk.end(epoch);
         }
         Ok(())
     }

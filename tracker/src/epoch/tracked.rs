@@ -25,6 +25,9 @@ use crate::journal::state::EpochState;
 use crate::journal::{self, Journal, JournalOptions, Marked, RecoveryReport};
 use crate::preserve::format::{Failure, PAGE_WORDS, Subject};
 
+/// Words of a bitmap that are listed, 16 bytes each, at most.
+const LISTED_WORDS_MAX: usize = 256 << 10;
+
 /// One tracked disk.
 pub(super) struct TrackedDisk {
     pub spec: DiskSpec,
@@ -243,9 +246,28 @@ impl TrackedDisk {
         }
     }
 
-    /// A closed epoch is given up: its blocks belong to the open one.
+    /// Nothing is asked of a closed epoch any more, and no write of it is admitted: its filters give their memory back.
+    pub fn end(&self, epoch: Epoch) {
+        // What is not cleared now is before the next epoch of this parity is opened.
+        let _cleared = self.clear(epoch);
+    }
+
+    /// A closed epoch, of which nothing is kept any more, is given up: its blocks belong to the open one.
     pub fn carry(&self, epoch: Epoch) {
-        self.carried.insert_all(self.filter(epoch), self.pages());
+        let filter = self.filter(epoch);
+        // Scattered blocks take far less memory in a list, so that there are never two bitmaps of them.
+        match filter.words(self.pages(), LISTED_WORDS_MAX) {
+            Some(words) => {
+                self.end(epoch);
+                for (index, bits) in words {
+                    self.carried.insert_word(index, bits);
+                }
+            }
+            None => {
+                self.carried.insert_all(filter, self.pages());
+                self.end(epoch);
+            }
+        }
     }
 
     /// The closed epoch is sealed: its blocks belong to the open one no more, unless the spool is lost.
