@@ -467,6 +467,10 @@ proptest! {
 
 /// Places that other tests visit.
 const VISITED_ELSEWHERE: &[Place] = &[
+    // See `tests/tests/failpoints`.
+    Place::CutAfterSettleBeforeMaps,
+    Place::CopyAfterReadBeforeWrite,
+    Place::CopyAfterWriteBeforeMark,
     // Of another boot; see `tests`.
     Place::DistrustAfterPublishBeforeRing,
     Place::DistrustAfterRingBeforeSets,
