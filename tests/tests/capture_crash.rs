@@ -103,6 +103,18 @@ impl Scene {
         self.asking.take().expect("asked once").join().unwrap()
     }
 
+    /// The point of the epoch is not there, another one is in its place, and the one after that has everything.
+    #[track_caller]
+    fn check_given_up(&mut self) {
+        let point = self.answer().success();
+        assert!(!point.contains(&self.name()), "{point}");
+        let points = self.site.points();
+        assert!(!points.contains(&self.name()), "{points:?}");
+        // Guests may have written while that one was cut, so the one after it is compared.
+        let next = self.site.cut_soon("the next point");
+        check(&self.site, &next, &copies(&self.site, "now"));
+    }
+
     fn name(&self) -> String {
         format!("{:016x}", self.epoch)
     }
@@ -208,13 +220,7 @@ fn a_point_whose_blocks_do_not_find_room_is_given_up_and_no_write_fails() {
     let shipper = scene.shipper.as_ref().expect("a shipper");
     shipper.await_text("than the budget of the preserve file allows");
     // It was asked for, so another one is made in its place, of a moment at which nothing is overwritten.
-    let point = scene.answer().success();
-    assert!(!point.contains(&scene.name()), "{point}");
-    let points = scene.site.points();
-    assert!(!points.contains(&scene.name()), "{points:?}");
-    // Guests may have written while that one was cut, so the one after it is compared.
-    let next = scene.site.cut_soon("the next point");
-    check(&scene.site, &next, &copies(&scene.site, "now"));
+    scene.check_given_up();
 }
 
 #[test]
@@ -229,13 +235,7 @@ fn a_tracker_that_finds_no_preserve_file_gives_the_point_up() {
         .map(|(name, _)| scene.site.connect(name))
         .collect();
     scene.overwrite(0..BLOCKS);
-    let point = scene.answer().success();
-    assert!(!point.contains(&scene.name()), "{point}");
-    let points = scene.site.points();
-    assert!(!points.contains(&scene.name()), "{points:?}");
-    // Guests may have written while that one was cut, so the one after it is compared.
-    let next = scene.site.cut_soon("the next point");
-    check(&scene.site, &next, &copies(&scene.site, "now"));
+    scene.check_given_up();
 }
 
 #[test]

@@ -95,6 +95,39 @@ impl Extent {
             Some((index, mask))
         })
     }
+
+    /// The blocks of the extent whose bits are set in a bitmap, given by its words, as runs that do not touch.
+    pub fn runs(self, bits: impl Fn(u64) -> u64) -> impl Iterator<Item = Self> {
+        let mut words = self.words();
+        let mut current = (0, 0);
+        let mut pending: Option<Self> = None;
+        std::iter::from_fn(move || {
+            loop {
+                if current.1 == 0 {
+                    match words.next() {
+                        Some((index, mask)) => current = (index, mask & bits(index)),
+                        None => return pending.take(),
+                    }
+                    continue;
+                }
+                let first = u64::from(current.1.trailing_zeros());
+                let count = u64::from((current.1 >> first).trailing_ones());
+                current.1 &= !((u64::MAX >> (64 - count)) << first);
+                let run = Self {
+                    first_block: current.0 * 64 + first,
+                    block_count: count,
+                };
+                match &mut pending {
+                    Some(last) if last.end_block() == run.first_block => last.block_count += count,
+                    _ => {
+                        if let Some(done) = pending.replace(run) {
+                            return Some(done);
+                        }
+                    }
+                }
+            }
+        })
+    }
 }
 
 /// Blocks needed to cover a disk of `size_bytes`; the last one may be short.
@@ -147,6 +180,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn runs_are_the_bits_that_are_set(
+            words in prop::collection::vec(prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 1..6),
+            first in 0u64..200, count in 0u64..300,
+        ) {
+            let is_set = |block: u64| {
+                words.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
+            };
+            let extent = Extent { first_block: first, block_count: count };
+            let found: Vec<Extent> =
+                extent.runs(|index| words.get(index as usize).copied().unwrap_or(0)).collect();
+            let blocks: Vec<u64> = found.iter().flat_map(|run| run.first_block..run.end_block()).collect();
+            let expected: Vec<u64> = (first..first + count).filter(|&block| is_set(block)).collect();
+            prop_assert_eq!(blocks, expected);
+            prop_assert!(found.windows(2).all(|pair| pair[0].end_block() < pair[1].first_block));
+        }
+
         #[test]
         fn coalesce_keeps_the_set_of_blocks(pairs in prop::collection::vec((0u64..64, 0u64..9), 0..20)) {
             let mut extents: Vec<Extent> = pairs

@@ -156,11 +156,13 @@ impl Clerk {
         let mut list = List::new(start, end, count_max);
         let all = self.shared.machine.counts_as_changed(view.disk) || view.frozen.is_over();
         if !all {
-            view.each_changed(start, end, |extent| {
+            for extent in view.changed(start, end) {
                 list.push(extent.offset_bytes(), 0);
                 list.push(extent.offset_bytes() + extent.length_bytes(), DIRTY);
-                !list.is_full()
-            });
+                if list.is_full() {
+                    break;
+                }
+            }
         }
         list.push(end, if all { DIRTY } else { 0 });
         list.descriptors

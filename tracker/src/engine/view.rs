@@ -38,22 +38,8 @@ impl View {
         Ok(())
     }
 
-    /// Calls with the blocks of the epoch from byte `start` up to byte `end`, sorted, until `false`.
-    pub fn each_changed(&self, start: u64, end: u64, mut visit: impl FnMut(Extent) -> bool) {
-        for (index, mask) in Extent::covering(start, end - start).words() {
-            let mut left = self.frozen.area.changed(index) & mask;
-            while left != 0 {
-                let first = u64::from(left.trailing_zeros());
-                let count = u64::from((left >> first).trailing_ones());
-                left &= !((u64::MAX >> (64 - count)) << first);
-                let run = Extent {
-                    first_block: index * 64 + first,
-                    block_count: count,
-                };
-                if !visit(run) {
-                    return;
-                }
-            }
-        }
+    /// The blocks of the epoch from byte `start` up to byte `end`, sorted.
+    pub fn changed(&self, start: u64, end: u64) -> impl Iterator<Item = Extent> {
+        Extent::covering(start, end - start).runs(|index| self.frozen.area.changed(index))
     }
 }

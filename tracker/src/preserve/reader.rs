@@ -104,7 +104,7 @@ impl PreserveReader {
             first_block: extent.first_block,
             block_count: end.saturating_sub(extent.first_block),
         };
-        runs(on_disk, move |index| {
+        on_disk.runs(move |index| {
             let changed = self.bits(Map::Changed, index);
             let often = self.bits(Map::Hot, index);
             changed & if hot { often } else { !often }
@@ -122,7 +122,7 @@ impl PreserveReader {
     pub fn split_hole(&self, extent: Extent) -> Vec<(Extent, bool)> {
         let mut parts = Vec::new();
         let mut next = extent.first_block;
-        let preserved = runs(extent, |index| self.to_take(index));
+        let preserved = extent.runs(|index| self.to_take(index));
         for run in preserved.chain([Extent {
             first_block: extent.end_block(),
             block_count: 0,
@@ -150,7 +150,7 @@ impl PreserveReader {
     ///
     /// The file cannot be read.
     pub fn settle(&self, extent: Extent, bytes: &mut [u8]) -> Result<Vec<Extent>> {
-        let preserved: Vec<Extent> = runs(extent, |index| self.to_take(index)).collect();
+        let preserved: Vec<Extent> = extent.runs(|index| self.to_take(index)).collect();
         for run in &preserved {
             let start = ((run.first_block - extent.first_block) * BLOCK_SIZE) as usize;
             let target = &mut bytes[start..start + run.length_bytes() as usize];
@@ -197,64 +197,6 @@ impl PreserveReader {
         // Where there are no holes the file is removed soon, and its room counts until then.
         if fallocate(&self.file, mode, offset as i64, length as i64).is_ok() {
             self.words.words()[WORD_RELEASED].fetch_add(length, Ordering::Relaxed);
-        }
-    }
-}
-
-/// Runs of blocks of an extent whose bits are set.
-fn runs(extent: Extent, bits: impl Fn(u64) -> u64) -> impl Iterator<Item = Extent> {
-    let mut words = extent.words();
-    let mut current = (0, 0);
-    let mut pending: Option<Extent> = None;
-    std::iter::from_fn(move || {
-        loop {
-            if current.1 == 0 {
-                match words.next() {
-                    Some((index, mask)) => current = (index, mask & bits(index)),
-                    None => return pending.take(),
-                }
-                continue;
-            }
-            let first = u64::from(current.1.trailing_zeros());
-            let count = u64::from((current.1 >> first).trailing_ones());
-            current.1 &= !((u64::MAX >> (64 - count)) << first);
-            let run = Extent {
-                first_block: current.0 * 64 + first,
-                block_count: count,
-            };
-            match &mut pending {
-                Some(last) if last.end_block() == run.first_block => last.block_count += count,
-                _ => {
-                    if let Some(done) = pending.replace(run) {
-                        return Some(done);
-                    }
-                }
-            }
-        }
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn runs_are_the_bits_that_are_set(
-            words in prop::collection::vec(prop_oneof![Just(0), Just(u64::MAX), any::<u64>()], 1..6),
-            first in 0u64..200, count in 0u64..300,
-        ) {
-            let is_set = |block: u64| {
-                words.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
-            };
-            let extent = Extent { first_block: first, block_count: count };
-            let found: Vec<Extent> =
-                runs(extent, |index| words.get(index as usize).copied().unwrap_or(0)).collect();
-            let blocks: Vec<u64> = found.iter().flat_map(|run| run.first_block..run.end_block()).collect();
-            let expected: Vec<u64> = (first..first + count).filter(|&block| is_set(block)).collect();
-            prop_assert_eq!(blocks, expected);
-            prop_assert!(found.windows(2).all(|pair| pair[0].end_block() < pair[1].first_block));
         }
     }
 }
