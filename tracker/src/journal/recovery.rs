@@ -358,6 +358,9 @@ fn check_disk(path: &Path, superblock: &Superblock, options: &JournalOptions) ->
 /// Where nothing that is recorded can be believed, it is emptied; but first a superblock says durably that
 /// every block counts as changed, so that whoever finds it half emptied believes no more than that.
 fn forget_everything(journal: &Journal) -> Result<()> {
+    // The superblock that counts may be known to the page cache alone, and the next one takes the place
+    // of the last that is durable.
+    journal.sync_ring()?;
     journal.rewrite(|_| {})?;
     reached(Place::DistrustAfterPublishBeforeRing);
     let core = journal.core();
