@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::fcntl::Flock;
 use nix::sys::statfs;
+use rustix::io::{ReadWriteFlags, preadv2};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -280,6 +281,21 @@ impl Disk {
 impl BlockSource for Disk {
     fn read_at(&self, offset_bytes: u64, target: &mut [u8]) -> std::io::Result<()> {
         self.file.read_exact_at(target, offset_bytes)
+    }
+
+    fn read_cached(&self, offset_bytes: u64, target: &mut [u8]) -> bool {
+        let length = target.len();
+        let mut parts = [std::io::IoSliceMut::new(target)];
+        let mut read = || {
+            preadv2(
+                &*self.file,
+                &mut parts,
+                offset_bytes,
+                ReadWriteFlags::NOWAIT,
+            )
+        };
+        // An error is met by whoever reads it with time.
+        self.uses_page_cache() && read().is_ok_and(|count| count == length)
     }
 }
 

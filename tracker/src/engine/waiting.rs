@@ -14,6 +14,7 @@ use nix::sys::eventfd::EventFd;
 use super::operation::{Operation, Outcome};
 use super::worker::{Order, TAG_DISK, Worker};
 use crate::epoch::Waiter;
+use crate::extent::{Epoch, Extent};
 use crate::failpoint::{Place, reached};
 
 /// By this a worker is told that a write may go on.
@@ -43,6 +44,9 @@ impl Worker {
             return Some(operation);
         };
         let (disk, extent) = (operation.disk, operation.part_blocks());
+        if admission.waits.is_none() && self.copies_now(disk, extent, admission.epoch) {
+            return Some(operation);
+        }
         let machine = Arc::clone(&self.shared.machine);
         self.operations[slot] = Some(operation);
         match admission.waits {
@@ -50,6 +54,12 @@ impl Worker {
             None => machine.await_copy(disk, extent, admission.epoch, &self.bell, slot),
         }
         None
+    }
+
+    /// Copies here and now what a write would overwrite of the closed epoch, if that can be done without a wait.
+    pub(super) fn copies_now(&self, disk: usize, extent: Extent, epoch: Epoch) -> bool {
+        let source = &*self.shared.disks[disk];
+        self.shared.machine.copy_now(disk, extent, epoch, source)
     }
 
     /// A write that waited may look again.

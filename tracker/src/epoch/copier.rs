@@ -7,26 +7,31 @@
 //! blocks is in flight; until then it is set aside, and others go on. Then the blocks are copied and the
 //! write is woken, whether or not that succeeded.
 //!
+//! Where the old content is in the page cache, the worker copies the block itself ([`Copier::copy_now`]): that takes less time
+//! than to wake a thread, let alone one that has to wait for a processor. One thread at a time copies.
+//!
 //! Errors: whatever fails, a panic included, gives the epoch up and wakes the write.
 //!
 //! What it does not handle: what a failure means (`preserve::area`).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::Machine;
-use super::frozen::Frozen;
+use super::frozen::{Frozen, Members};
 use crate::error::{Error, Result};
 use crate::extent::{BLOCK_SIZE, Extent};
 use crate::journal::Waiter;
 use crate::journal::mapping::PageBuffer;
-use crate::preserve::area::{BlockSource, COPY_BLOCKS_MAX};
+use crate::preserve::area::{BlockSource, COPY_BLOCKS_MAX, InMemory};
 use crate::preserve::format::Failure;
 
+/// Blocks of a write for which the worker copies itself, at most.
+const NOW_BLOCKS_MAX: u64 = 4;
 /// Time between two looks at what has been set aside.
 const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 
@@ -47,8 +52,16 @@ enum Order {
     End,
 }
 
+/// Memory for blocks that are copied, and for those that were read beforehand.
+struct Buffers {
+    copied: PageBuffer,
+    read: PageBuffer,
+}
+
 /// The way to the thread, and what it has done.
 pub struct Copier {
+    /// Held by whoever copies. There is no memory before the thread runs.
+    buffers: Mutex<Option<Buffers>>,
     orders: Sender<Order>,
     to_do: Receiver<Order>,
     /// Blocks that were copied.
@@ -61,6 +74,7 @@ impl Default for Copier {
     fn default() -> Self {
         let (orders, to_do) = unbounded();
         Self {
+            buffers: Mutex::default(),
             orders,
             to_do,
             copied_blocks: AtomicU64::new(0),
@@ -77,6 +91,45 @@ impl Copier {
         let _sent = self.orders.send(Order::Copy(job));
     }
 
+    /// Copies on the caller's thread what a write would overwrite, if the old content is in the page cache and nobody else
+    /// copies at this moment. Returns whether it is done. The epoch is settled, and no write of it to
+    /// these blocks is in flight.
+    pub fn copy_now(
+        &self,
+        frozen: &Frozen,
+        members: Members<'_>,
+        extent: Extent,
+        source: &dyn BlockSource,
+    ) -> bool {
+        let size_bytes = frozen.area.subject().size_bytes;
+        let offset = extent.offset_bytes();
+        if extent.block_count > NOW_BLOCKS_MAX || offset + extent.length_bytes() > size_bytes {
+            return false;
+        }
+        let Ok(mut buffers) = self.buffers.try_lock() else {
+            return false;
+        };
+        let Some(Buffers { copied, read }) = &mut *buffers else {
+            return false;
+        };
+        let bytes = &mut read.bytes_mut()[..extent.length_bytes() as usize];
+        if !source.read_cached(offset, bytes) {
+            return false;
+        }
+        let read = InMemory {
+            offset_bytes: offset,
+            bytes,
+        };
+        let count = frozen.copy(extent, members, &read, copied);
+        self.copied_blocks.fetch_add(count, Ordering::Relaxed);
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Buffers>> {
+        // They hold bytes and have no state to be broken.
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends the thread. No write may wait any more.
     pub fn end(&self) {
         let _sent = self.orders.send(Order::End);
@@ -88,9 +141,14 @@ impl Copier {
     ///
     /// Memory is short.
     pub fn run(&self, machine: &Machine, disk: usize, source: &dyn BlockSource) -> Result<()> {
-        let bytes = (COPY_BLOCKS_MAX * BLOCK_SIZE) as usize;
-        let mut buffer = PageBuffer::new(bytes)
-            .map_err(|error| Error::io("Cannot allocate a buffer to preserve blocks", error))?;
+        let buffer = |blocks: u64| {
+            PageBuffer::new((blocks * BLOCK_SIZE) as usize)
+                .map_err(|error| Error::io("Cannot allocate a buffer to preserve blocks", error))
+        };
+        *self.lock() = Some(Buffers {
+            copied: buffer(COPY_BLOCKS_MAX)?,
+            read: buffer(NOW_BLOCKS_MAX)?,
+        });
         let mut aside: Vec<CopyJob> = Vec::new();
         loop {
             let order = match aside.is_empty() {
@@ -103,8 +161,8 @@ impl Copier {
                 None => {}
             }
             aside.retain(|job| {
-                let attempt = || self.attempt(machine, disk, job, source, &mut buffer);
-                // Whatever goes wrong here, the guest goes on. The buffer holds bytes and has no state to be broken.
+                let attempt = || self.attempt(machine, disk, job, source);
+                // Whatever goes wrong here, the guest goes on.
                 let done = catch_unwind(AssertUnwindSafe(attempt));
                 !done.unwrap_or_else(|_| {
                     job.frozen.area.fail(Failure::Io);
@@ -122,7 +180,6 @@ impl Copier {
         disk: usize,
         job: &CopyJob,
         source: &dyn BlockSource,
-        buffer: &mut PageBuffer,
     ) -> bool {
         let frozen = &job.frozen;
         if frozen.is_over() {
@@ -133,8 +190,10 @@ impl Copier {
         if !frozen.is_settled() || machine.is_in_flight(disk, job.extent, frozen.epoch) {
             return false;
         }
-        if let Some(members) = machine.members(disk, frozen.epoch) {
-            let copied = frozen.copy(job.extent, members, source, buffer);
+        if let (Some(members), Some(buffers)) =
+            (machine.members(disk, frozen.epoch), &mut *self.lock())
+        {
+            let copied = frozen.copy(job.extent, members, source, &mut buffers.copied);
             self.copied_blocks.fetch_add(copied, Ordering::Relaxed);
         }
         job.waiter.wake(job.token);

@@ -69,7 +69,7 @@ use crate::extent::{Epoch, Extent};
 use crate::failpoint::{Canary, Place, canary, reached};
 use crate::journal::state::{EpochState, reconcile};
 use crate::journal::{Journal, Moment, RecoveryReport};
-use crate::preserve::area::discard;
+use crate::preserve::area::{BlockSource, discard};
 use crate::preserve::format::Failure;
 use clock::Clock;
 use copier::CopyJob;
@@ -305,6 +305,29 @@ impl Machine {
     pub fn must_copy(&self, disk: usize, extent: Extent, epoch: Epoch) -> bool {
         let tracked = self.disks.get(disk);
         tracked.is_some_and(|disk| disk.must_copy(epoch, extent))
+    }
+
+    /// Copies for a write of an epoch the blocks of the one before, if that takes no longer than a write to the page
+    /// cache does. Where it returns `false`, [`Self::await_copy`] remains.
+    pub fn copy_now(
+        &self,
+        disk: usize,
+        extent: Extent,
+        epoch: Epoch,
+        source: &dyn BlockSource,
+    ) -> bool {
+        let Some(tracked) = self.disks.get(disk) else {
+            return true;
+        };
+        // By now its own epoch may be the one that is closed, which has to wait for it.
+        let Some(frozen) = tracked.frozen().filter(|frozen| frozen.epoch < epoch) else {
+            return true;
+        };
+        if !frozen.is_settled() || self.is_in_flight(disk, extent, frozen.epoch) {
+            return false;
+        }
+        let members = tracked.members(frozen.epoch);
+        tracked.copier.copy_now(&frozen, members, extent, source)
     }
 
     /// Leaves a write of an epoch that has to wait until blocks of the one before are copied. The waiter is woken once,

@@ -76,6 +76,10 @@ impl BlockSource for Disk {
         }
         self.file.read_exact_at(target, offset_bytes)
     }
+
+    fn read_cached(&self, offset_bytes: u64, target: &mut [u8]) -> bool {
+        !self.failing.load(Ordering::SeqCst) && self.read_at(offset_bytes, target).is_ok()
+    }
 }
 
 /// Wakes one writer.
@@ -296,7 +300,12 @@ impl World {
             }
             copies = machine.must_copy(disk, extent, admission.epoch);
         }
-        if copies {
+        // Some find the content in the page cache.
+        let copies_now = || {
+            let source = &*self.disks[disk];
+            self.tick().is_multiple_of(2) && machine.copy_now(disk, extent, admission.epoch, source)
+        };
+        if copies && !copies_now() {
             machine.await_copy(disk, extent, admission.epoch, bell, 8);
             self.await_bell(woken)?;
         }
@@ -827,6 +836,48 @@ fn only_what_overlaps_a_write_in_flight_waits_for_it() {
 }
 
 /// Else it could wait for a write of the epoch after the next, and that one for it.
+/// What is in the page cache is copied without a wait; what a write of the closed epoch is about to change is not.
+#[test]
+fn a_write_copies_for_itself_what_is_cached() {
+    let folder = tempfile::tempdir().unwrap();
+    let (machine, mut keepers, disk) = quiet(folder.path());
+    let block = |first_block| Extent {
+        first_block,
+        block_count: 1,
+    };
+    let admit = |first_block| machine.admit(0, 0, block(first_block), Operation::Write);
+    machine.complete(0, admit(3));
+    let stuck = admit(5);
+    std::thread::scope(|scope| {
+        let cut = scope.spawn(|| machine.cut(Epoch::ZERO, Keep::Changed, PATIENCE).unwrap());
+        await_settled(&machine, stuck.epoch);
+        let (late, overlapping) = (admit(3), admit(5));
+        assert!(late.copies && overlapping.copies);
+        // The thread that copies may not be there yet, and nobody else copies for it.
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while !machine.copy_now(0, block(3), late.epoch, &*disk) {
+            assert!(std::time::Instant::now() < deadline, "nothing is copied");
+            std::thread::yield_now();
+        }
+        assert!(!machine.must_copy(0, block(3), late.epoch));
+        assert!(!machine.copy_now(0, block(5), overlapping.epoch, &*disk));
+        assert!(machine.must_copy(0, block(5), overlapping.epoch));
+        machine.complete(0, stuck);
+        cut.join().unwrap();
+        assert!(machine.copy_now(0, block(5), overlapping.epoch, &*disk));
+        disk.failing.store(true, Ordering::SeqCst);
+        assert!(!machine.copy_now(0, block(7), overlapping.epoch, &*disk));
+        machine.complete(0, late);
+        machine.complete(0, overlapping);
+        let status = machine.status();
+        assert_eq!(
+            (status.disks[0].copied_blocks, status.disks[0].copy_waits),
+            (2, 0)
+        );
+    });
+    keepers.end().unwrap();
+}
+
 #[test]
 fn nobody_waits_for_an_epoch_that_is_given_up() {
     let folder = tempfile::tempdir().unwrap();

@@ -13,6 +13,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -45,6 +46,31 @@ pub trait BlockSource: Send + Sync {
     ///
     /// It cannot be read.
     fn read_at(&self, offset_bytes: u64, target: &mut [u8]) -> io::Result<()>;
+
+    /// The same, if nobody has to wait for the storage; otherwise `false`, and what the target holds means nothing.
+    fn read_cached(&self, offset_bytes: u64, target: &mut [u8]) -> bool {
+        let _not_known = (offset_bytes, target);
+        false
+    }
+}
+
+/// Blocks that have been read.
+pub struct InMemory<'a> {
+    /// Offset of the first byte.
+    pub offset_bytes: u64,
+    /// The bytes.
+    pub bytes: &'a [u8],
+}
+
+impl BlockSource for InMemory<'_> {
+    fn read_at(&self, offset_bytes: u64, target: &mut [u8]) -> io::Result<()> {
+        let start = offset_bytes
+            .checked_sub(self.offset_bytes)
+            .map(|start| start as usize);
+        let found = start.and_then(|start| self.bytes.get(start..start + target.len()));
+        target.copy_from_slice(found.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
 }
 
 /// The preserve file of one disk and epoch.
@@ -175,22 +201,11 @@ impl Area {
     /// The file cannot be read.
     pub fn each_changed_word(&self, mut visit: impl FnMut(u64, u64)) -> Result<()> {
         let begin = self.layout.map_offset(Map::Changed);
-        let end = begin + self.layout.map_bytes;
-        let mut offset = begin;
-        while offset < end {
-            let data = match lseek64(&self.file, offset as i64, Whence::SeekData) {
-                Ok(data) => (data as u64).max(offset),
-                Err(Errno::ENXIO) => break,
-                Err(errno) => return Err(failed(&self.path, "read", errno)),
-            };
-            if data >= end {
-                break;
-            }
-            let page = (data - begin) / PAGE_BYTES;
+        for page in data_pages(&self.file, begin..begin + self.layout.map_bytes) {
+            let page = page.map_err(|error| failed(&self.path, "read", error))?;
             for index in page * PAGE_WORDS..(page + 1) * PAGE_WORDS {
                 visit(index, self.bits(Map::Changed, index));
             }
-            offset = begin + (page + 1) * PAGE_BYTES;
         }
         Ok(())
     }
@@ -405,6 +420,30 @@ impl Area {
             None => Ok(()),
         }
     }
+}
+
+/// The pages of a part of a file that are no holes, counted from its begin.
+pub(super) fn data_pages(
+    file: &File,
+    part: Range<u64>,
+) -> impl Iterator<Item = io::Result<u64>> + '_ {
+    let mut offset = part.start;
+    std::iter::from_fn(move || {
+        if offset >= part.end {
+            return None;
+        }
+        let data = match lseek64(file, offset as i64, Whence::SeekData) {
+            Ok(data) => (data as u64).max(offset),
+            Err(Errno::ENXIO) => part.end,
+            Err(errno) => {
+                offset = part.end;
+                return Some(Err(errno.into()));
+            }
+        };
+        let page = (data.min(part.end) - part.start) / PAGE_BYTES;
+        offset = part.start + (page + 1) * PAGE_BYTES;
+        (data < part.end).then_some(Ok(page))
+    })
 }
 
 /// What a preserve file is for.

@@ -9,19 +9,28 @@
 //! What it does not handle: whether the epoch is still closed; the journal knows.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::area::read_subject;
-use super::format::{Failure, Layout, Map, Subject, WORD_FAILURE, WORD_RELEASED};
+use super::area::{data_pages, read_subject};
+use super::format::{
+    Failure, Layout, Map, PAGE_BYTES, Subject, WORD_COPIED, WORD_FAILURE, WORD_RELEASED,
+};
 use super::protocol;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{BLOCK_SIZE, Epoch, Extent};
 use crate::failpoint::{Canary, canary};
 use crate::journal::mapping::SharedWords;
+
+/// So much of the room of copies is not given back before the epoch ends: to punch a hole takes longer than the
+/// copy did, and keeps the next ones waiting.
+const UNPUNCHED_BYTES_MAX: u64 = 64 << 20;
+/// Nor a larger part of the disk's size than this.
+const UNPUNCHED_PART: u64 = 128;
 
 /// The preserve file of a disk whose epoch is captured.
 #[derive(Debug)]
@@ -111,6 +120,32 @@ impl PreserveReader {
         })
     }
 
+    /// All blocks that belong to the epoch and were written more than once in it, in ascending order.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn hot(&self) -> impl Iterator<Item = Result<Extent>> + '_ {
+        let begin = self.layout.map_offset(Map::Hot);
+        let pages = data_pages(&self.file, begin..begin + self.layout.map_bytes);
+        let extents = |page: io::Result<u64>| -> Vec<Result<Extent>> {
+            match page {
+                Ok(page) => {
+                    let blocks = Extent {
+                        first_block: page * PAGE_BYTES * 8,
+                        block_count: PAGE_BYTES * 8,
+                    };
+                    self.changed(blocks, true).map(Ok).collect()
+                }
+                Err(error) => {
+                    let what = format!("Cannot read preserve file {}", self.path.display());
+                    vec![Err(Error::io(what, error))]
+                }
+            }
+        };
+        pages.flat_map(extents)
+    }
+
     /// Why the epoch is given up, if it is. Asked for when all of its blocks are settled.
     pub fn failure(&self) -> Option<Failure> {
         std::sync::atomic::fence(Ordering::SeqCst);
@@ -185,10 +220,17 @@ impl PreserveReader {
         }
     }
 
-    /// Gives the room of copies back that were taken.
+    /// Bytes of copies that keep their room until the epoch ends.
+    fn unpunched_bytes(&self) -> u64 {
+        (self.subject.size_bytes / UNPUNCHED_PART).min(UNPUNCHED_BYTES_MAX)
+    }
+
+    /// The room of copies that were taken is not needed any more: gives it back, unless little is kept as yet.
     pub fn give_back(&self, extent: Extent) {
+        let head = |word: usize| self.words.words()[word].load(Ordering::Relaxed);
+        let kept = head(WORD_COPIED).saturating_sub(head(WORD_RELEASED));
         // A frozen view may still be looked at.
-        if self.subject.all {
+        if self.subject.all || kept <= self.unpunched_bytes() {
             return;
         }
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;

@@ -146,6 +146,8 @@ fn a_tracker_goes_on_with_the_file_of_another_one() {
     );
     let others: Vec<Extent> = reader.changed(whole, false).collect();
     assert_eq!(others, [blocks(60, 6), blocks(100, 1)]);
+    let hot: Vec<Extent> = reader.hot().map(|extent| extent.unwrap()).collect();
+    assert_eq!(hot, [blocks(66, 2)]);
     let (preserved, content) = settled(&reader, blocks(60, 8));
     assert_eq!(preserved, [blocks(62, 5)]);
     assert_eq!(content, [0xee, 0xee, 63, 64, 65, 66, 67, 0xee]);
@@ -315,6 +317,27 @@ fn what_is_given_back_counts_no_more_and_takes_no_room() {
     // What was copied before it is still there.
     assert_eq!(settled(&reader, blocks(70, 1)).1, [71]);
     assert_eq!(reader.failure(), Some(Failure::Budget));
+}
+
+/// Of a large disk nothing is given back as long as little is kept.
+#[test]
+fn a_little_room_is_not_given_back() {
+    let mut scene = Scene::new();
+    let size_bytes = 128 * 3 * BLOCK_SIZE;
+    let large = Subject {
+        size_bytes,
+        ..subject()
+    };
+    let area = Area::create(&scene.path, large, AMPLE).unwrap();
+    area.write_maps(0, &page_of(&[blocks(0, 90)]), &page_of(&[]))
+        .unwrap();
+    let reader = scene.reader();
+    for (extent, used) in [(blocks(10, 3), 3), (blocks(20, 2), 3)] {
+        scene.copy(&area, extent);
+        settled(&reader, extent);
+        reader.give_back(extent);
+        assert_eq!(area.used_bytes(), used * BLOCK_SIZE, "{extent:?}");
+    }
 }
 
 #[test]
