@@ -114,6 +114,31 @@ fn recovery_points_wait_for_a_vault_that_is_away() {
     tracker.stop();
 }
 
+/// What waits to be read, or was read and waits, must not count as work for ever.
+#[test]
+fn a_capture_that_may_take_a_share_of_the_time_comes_to_its_end() {
+    let Filled {
+        mut site,
+        tracker,
+        mut client,
+        mut random,
+    } = filled("share", 16);
+    let shipper = site.start_shipper();
+    site.cut();
+    shipper.stop();
+    site.settings = "capture_share_percent = 10\n".to_owned();
+    site.write_config();
+    let shipper = site.start_shipper();
+    for _ in 0..400 {
+        let offset = random.below(16 * 256) * 4096;
+        client.write(offset, &random.bytes(4096)).unwrap();
+    }
+    let point = site.cut();
+    site.check_restore(&point, &site.image("disk"));
+    shipper.stop();
+    tracker.stop();
+}
+
 #[test]
 fn a_lost_spool_loses_no_change() {
     let Filled {

@@ -1,23 +1,28 @@
 //! Read, fingerprint, compress, in parallel and in order.
 //!
-//! Overview: the reader thread takes batches and free buffers and keeps the disk busy; workers take
-//! what has been read and make frames; the caller's thread puts the frames back into the order of
+//! Overview: the reader thread takes batches and free buffers, keeps the disk busy, and settles what it has read of
+//! a closed epoch; workers make frames of it; the caller's thread puts the frames back into the order of
 //! the disk and hands them to its sink. A buffer is free again when its frame was handed over, so
 //! nothing can run ahead by more than the buffers.
+//!
+//! Of a closed epoch far more is read ahead than of a scan: a block that is in our hands need not be
+//! copied any more when a guest overwrites it, and reading is several times faster than compressing.
 //!
 //! Errors: the first one ends it; all threads are joined before it is returned.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::Scope;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use tracker::extent::{BLOCK_SIZE, Extent};
 use tracker::preserve::reader::PreserveReader;
 
 use super::plan::Batch;
 use super::source::{Depth, DiskSource};
-use super::throttle::{Pace, Throttle, stand_back};
+use super::throttle::{Pace, Throttle, stand_back, take_what_is_left};
 use super::uring::{Job, Read, ReadBuffer};
 use crate::error::{Error, Result};
 use crate::keys::{Fingerprint, Keys};
@@ -26,17 +31,25 @@ use crate::segment::format::FRAME_BLOCKS_MAX;
 use crate::segment::frame::{EncodedFrame, FrameBuilder};
 use crate::spool::table::Table;
 
-/// Buffers of 128 KiB each: how deep the disk is read, and what all stages hold together.
-const BUFFERS: usize = 64;
+/// Buffers of 128 KiB each, which all stages of a scan hold together.
+const SCAN_BUFFERS: u16 = 64;
+/// The same of a capture.
+const CAPTURE_BUFFERS: u16 = 512;
 const BUFFER_BYTES: usize = FRAME_BLOCKS_MAX * BLOCK_SIZE as usize;
 /// Entries of the ring; more reads wait in its queue.
 const RING_ENTRIES: u32 = 256;
+/// Reads of a closed epoch in flight from which on no other batch is begun: where reads come from the storage, those of guests
+/// wait behind them.
+const CAPTURE_READS: usize = 8;
+/// So long the workers take what guests leave of the processors. Where that does not suffice, as many more join them that get a
+/// share: a recovery point that never comes protects nobody.
+const PATIENCE: Duration = Duration::from_secs(5);
 const ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
 
 /// What is done with the blocks.
 #[derive(Debug)]
 pub struct Settings<'a> {
-    /// Keys of fingerprints and checks.
+    /// Keys of fingerprints.
     pub keys: &'a Keys,
     /// Compression.
     pub codec: Codec,
@@ -96,23 +109,25 @@ where
     I: Iterator<Item = Result<Batch>> + Send,
     S: FnMut(Captured) -> Result<Flow>,
 {
-    let mut buffers = Vec::new();
-    for index in 0..BUFFERS {
-        buffers.push(ReadBuffer::new(BUFFER_BYTES, index as u16).map_err(no_memory)?);
-    }
+    let mut buffers = buffers_for(settings)?;
+    let count = buffers.len();
     let stopping = AtomicBool::new(false);
-    let (to_workers, from_reader) = bounded::<Job<Numbered>>(BUFFERS);
-    let (to_caller, from_workers) = bounded::<Result<Done>>(BUFFERS);
-    let (free, freed) = bounded::<ReadBuffer>(BUFFERS);
+    let (to_workers, from_reader) = bounded::<Job<Numbered>>(count);
+    let (to_caller, from_workers) = bounded::<Result<Done>>(count);
+    let (free, freed) = bounded::<ReadBuffer>(count);
     std::thread::scope(|scope| {
         let reader_failed = to_caller.clone();
         let (stopping, work) = (&stopping, from_reader);
         scope.spawn(move || {
-            stand_back();
+            if settings.frozen.is_none() {
+                // Otherwise each block that waits to be read may make a guest wait for its copy.
+                stand_back();
+            }
             let result = Depth::new(source, RING_ENTRIES, &mut buffers).and_then(|depth| {
                 let mut reader = Reader {
                     source,
-                    bytes_read: settings.bytes_read,
+                    settings,
+                    buffers: count,
                     depth,
                     idle: buffers,
                     freed,
@@ -126,11 +141,7 @@ where
                 let _gone = reader_failed.send(Err(error));
             }
         });
-        for _ in 0..settings.workers.max(1) {
-            let (work, to_caller) = (work.clone(), to_caller.clone());
-            scope.spawn(move || work_until_closed(&work, &to_caller, source, settings));
-        }
-        drop((work, to_caller));
+        start_workers(scope, work, to_caller, settings);
         let result = assemble(&from_workers, &free, stopping, &mut sink);
         // Ends the other threads: their sends and receives fail from here on.
         stopping.store(true, Ordering::Relaxed);
@@ -139,13 +150,55 @@ where
     })
 }
 
+/// Starts the threads that make frames.
+fn start_workers<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    work: Receiver<Job<Numbered>>,
+    to_caller: Sender<Result<Done>>,
+    settings: &'scope Settings<'_>,
+) {
+    // Those that take what is left of the processors hold it; the others wait for its end.
+    let (working, ended) = bounded::<()>(0);
+    for _ in 0..settings.workers.max(1) {
+        let ((mine, others), (answers, theirs)) = (
+            (work.clone(), work.clone()),
+            (to_caller.clone(), to_caller.clone()),
+        );
+        let (working, ended) = (working.clone(), ended.clone());
+        scope.spawn(move || {
+            take_what_is_left();
+            work_until_closed(&mine, &answers, settings);
+            drop(working);
+        });
+        scope.spawn(move || {
+            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                stand_back();
+                work_until_closed(&others, &theirs, settings);
+            }
+        });
+    }
+}
+
+/// As many buffers as a capture or a scan has.
+fn buffers_for(settings: &Settings<'_>) -> Result<Vec<ReadBuffer>> {
+    let count = match settings.frozen {
+        Some(_) if !settings.throttle.is_bound() => CAPTURE_BUFFERS,
+        // Read far ahead, most of a small epoch would escape its bounds.
+        _ => SCAN_BUFFERS,
+    };
+    let new = |index| ReadBuffer::new(BUFFER_BYTES, index).map_err(no_memory);
+    (0..count).map(new).collect()
+}
+
 fn no_memory(error: io::Error) -> Error {
     Error::io("Cannot allocate buffers for a capture", error)
 }
 
 struct Reader<'a> {
     source: &'a DiskSource,
-    bytes_read: &'a AtomicU64,
+    settings: &'a Settings<'a>,
+    /// All that there are.
+    buffers: usize,
     depth: Depth<'a, Numbered>,
     idle: Vec<ReadBuffer>,
     freed: Receiver<ReadBuffer>,
@@ -165,31 +218,12 @@ impl Reader<'_> {
         loop {
             self.idle.extend(self.freed.try_iter());
             exhausted |= stopping.load(Ordering::Relaxed);
-            while !exhausted && let Some(buffer) = self.idle.pop() {
+            while !exhausted && self.may_begin() {
                 match batches.next().transpose()? {
-                    None => {
-                        self.idle.push(buffer);
-                        exhausted = true;
-                    }
+                    None => exhausted = true,
                     Some(batch) => {
-                        let reads = self.reads_of(&batch);
-                        let (idle, freed) = (self.idle.len(), &self.freed);
-                        // All but the one that is about to be filled.
-                        let is_busy = || idle + freed.len() + 1 < BUFFERS;
-                        self.pace
-                            .read(batch.data_blocks() as u64 * BLOCK_SIZE, is_busy);
-                        let content = Numbered { number, batch };
+                        finished.extend(self.begin(number, batch));
                         number += 1;
-                        let job = Job {
-                            buffer,
-                            reads,
-                            content,
-                        };
-                        if let Some(job) = self.depth.submit(job)
-                            && self.to_workers.send(job).is_err()
-                        {
-                            return Ok(());
-                        }
                     }
                 }
             }
@@ -197,19 +231,49 @@ impl Reader<'_> {
                 self.depth
                     .wait(&mut finished)
                     .map_err(|error| self.source.failed(error))?;
-                if !self.pass_on(&mut finished)? {
-                    return Ok(());
-                }
+            }
+            if !self.pass_on(&mut finished)? {
+                return Ok(());
+            }
+            if self.depth.is_busy() {
+                continue;
             } else if exhausted {
                 return Ok(());
-            } else {
+            } else if self.idle.is_empty() {
                 // Every buffer is with the workers or the caller.
                 match self.freed.recv() {
                     Ok(buffer) => self.idle.push(buffer),
                     Err(_) => return Ok(()),
                 }
+            } else if self.pace.is_ahead() {
+                // What is read has been passed on, so all that is missing is being worked at.
+                let (idle, freed, all) = (self.idle.len(), &self.freed, self.buffers);
+                self.pace.pause(|| idle + freed.len() < all);
             }
         }
+    }
+
+    /// Whether there is a buffer for another batch, and its reads should be begun before others come back.
+    fn may_begin(&self) -> bool {
+        let deep = match self.settings.frozen {
+            Some(_) => CAPTURE_READS,
+            None => RING_ENTRIES as usize,
+        };
+        !self.idle.is_empty() && self.depth.in_flight() < deep && !self.pace.is_ahead()
+    }
+
+    /// Begins to read a batch. Without reads it comes back at once.
+    fn begin(&mut self, number: u64, batch: Batch) -> Option<(Job<Numbered>, Option<io::Error>)> {
+        let buffer = self.idle.pop()?;
+        let reads = self.reads_of(&batch);
+        self.pace.count(batch.data_blocks() as u64 * BLOCK_SIZE);
+        let content = Numbered { number, batch };
+        let job = Job {
+            buffer,
+            reads,
+            content,
+        };
+        self.depth.submit(job).map(|job| (job, None))
     }
 
     /// Reads into the front of the buffer, one extent behind the other.
@@ -233,33 +297,57 @@ impl Reader<'_> {
             position += length;
         }
         let bytes: usize = reads.iter().map(|read| read.target.len()).sum();
-        self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+        let bytes_read = self.settings.bytes_read;
+        bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
         reads
     }
 
     fn pass_on(&mut self, finished: &mut Vec<(Job<Numbered>, Option<io::Error>)>) -> Result<bool> {
-        for (job, failed) in finished.drain(..) {
+        for (mut job, failed) in finished.drain(..) {
             if let Some(error) = failed {
                 return Err(self.source.failed(error));
             }
+            self.settle(&mut job)?;
             if self.to_workers.send(job).is_err() {
                 return Ok(false);
             }
         }
         Ok(true)
     }
+
+    /// Brings what was read into the state that counts: behind the end of the disk are zeroes, and blocks that guests have
+    /// overwritten since the cut come from their copies, of which nobody needs more after that.
+    fn settle(&self, job: &mut Job<Numbered>) -> Result<()> {
+        let mut position = 0;
+        for extent in job.content.batch.data() {
+            let length = extent.length_bytes() as usize;
+            let bytes = &mut job.buffer.bytes_mut()[position..position + length];
+            position += length;
+            let on_disk = self
+                .source
+                .size_bytes()
+                .saturating_sub(extent.offset_bytes());
+            if on_disk < length as u64 {
+                // The buffer has older bytes there.
+                bytes[on_disk as usize..].fill(0);
+            }
+            if let Some(frozen) = self.settings.frozen {
+                for preserved in frozen.settle(extent, bytes)? {
+                    frozen.give_back(preserved);
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 fn work_until_closed(
     work: &Receiver<Job<Numbered>>,
     to_caller: &Sender<Result<Done>>,
-    source: &DiskSource,
     settings: &Settings<'_>,
 ) {
-    stand_back();
     let mut worker = match Compressor::new(settings.codec) {
         Ok(compressor) => Worker {
-            source,
             settings,
             compressor,
             builder: FrameBuilder::default(),
@@ -277,7 +365,6 @@ fn work_until_closed(
 }
 
 struct Worker<'a> {
-    source: &'a DiskSource,
     settings: &'a Settings<'a>,
     compressor: Compressor,
     builder: FrameBuilder,
@@ -294,28 +381,8 @@ impl Worker<'_> {
             }
             let length = piece.extent.length_bytes() as usize;
             let range = position..position + length;
-            let bytes = &mut job.buffer.bytes_mut()[range.clone()];
             position += length;
-            // What lies behind the end of the disk counts as zero; the buffer has older bytes there.
-            let on_disk = self
-                .source
-                .size_bytes()
-                .saturating_sub(piece.extent.offset_bytes());
-            if on_disk < length as u64 {
-                bytes[on_disk as usize..].fill(0);
-            }
-            let preserved = match self.settings.frozen {
-                Some(frozen) => frozen.settle(piece.extent, bytes)?,
-                None => Vec::new(),
-            };
             self.push_blocks(piece.extent, &job.buffer.bytes_mut()[range]);
-            for extent in preserved {
-                // The content is in our hands; its copy may go.
-                self.settings
-                    .frozen
-                    .iter()
-                    .for_each(|frozen| frozen.give_back(extent));
-            }
         }
         let frame = self
             .builder

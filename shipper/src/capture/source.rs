@@ -217,12 +217,17 @@ impl<'a, T: Send + 'static> Depth<'a, T> {
         Ok(Self::Threads(reads))
     }
 
+    /// Reads in flight, or jobs where threads read them one after the other.
+    pub(super) fn in_flight(&self) -> usize {
+        match self {
+            Self::Uring(reads) => reads.in_flight(),
+            Self::Threads(reads) => reads.in_flight(),
+        }
+    }
+
     /// Whether a job is being read.
     pub(super) fn is_busy(&self) -> bool {
-        match self {
-            Self::Uring(reads) => reads.in_flight() > 0,
-            Self::Threads(reads) => reads.in_flight() > 0,
-        }
+        self.in_flight() > 0
     }
 
     /// Begins a job; gives it back at once if it has nothing to read.

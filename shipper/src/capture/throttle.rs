@@ -2,6 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use thread_priority::{
+    NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
+    set_thread_priority_and_policy, thread_native_id,
+};
+
 /// Pauses shorter than this are saved up; a thread does not wake more exactly than that.
 const PAUSE_MIN: Duration = Duration::from_millis(2);
 /// Longest pause before it is looked again whether others have work.
@@ -28,6 +33,11 @@ impl Default for Throttle {
 }
 
 impl Throttle {
+    /// Whether there is any bound.
+    pub fn is_bound(&self) -> bool {
+        *self != Self::default()
+    }
+
     /// How long has passed at least when this was read, in a time of work without pauses of `worked`.
     fn least_time(&self, bytes: u64, worked: Duration) -> Duration {
         let by_rate = self.bytes_per_second.map_or(Duration::ZERO, |rate| {
@@ -58,24 +68,31 @@ impl<'a> Pace<'a> {
         }
     }
 
-    /// So much is read next: pauses until it may be. While `is_busy` others work on what was read before, and
-    /// that counts as work.
-    pub fn read(&mut self, bytes: u64, is_busy: impl Fn() -> bool) {
-        loop {
-            let elapsed = self.started.elapsed();
-            let worked = elapsed.saturating_sub(self.paused);
-            let least = self.throttle.least_time(self.bytes, worked);
-            let pause = least.saturating_sub(elapsed);
-            if pause < PAUSE_MIN {
-                break;
-            }
-            let before = Instant::now();
-            std::thread::sleep(pause.min(SLICE));
-            if !is_busy() {
-                self.paused += before.elapsed();
-            }
-        }
+    /// So much is read now.
+    pub fn count(&mut self, bytes: u64) {
         self.bytes += bytes;
+    }
+
+    /// What must pass until more may be read.
+    fn ahead(&self) -> Duration {
+        let elapsed = self.started.elapsed();
+        let worked = elapsed.saturating_sub(self.paused);
+        let least = self.throttle.least_time(self.bytes, worked);
+        least.saturating_sub(elapsed)
+    }
+
+    /// Whether so much was read that a pause is due.
+    pub fn is_ahead(&self) -> bool {
+        self.ahead() >= PAUSE_MIN
+    }
+
+    /// A part of the pause that is due. While `is_busy` others work on what was read before, and that counts as work.
+    pub fn pause(&mut self, is_busy: impl Fn() -> bool) {
+        let before = Instant::now();
+        std::thread::sleep(self.ahead().min(SLICE));
+        if !is_busy() {
+            self.paused += before.elapsed();
+        }
     }
 }
 
@@ -83,6 +100,15 @@ impl<'a> Pace<'a> {
 pub fn stand_back() {
     // A thread that is not let do it competes with them, no more.
     let _as_before = rustix::process::nice(NICENESS);
+}
+
+/// Leaves this thread what nobody else wants of the processors (`SCHED_IDLE`). A guest's thread that wakes does not wait
+/// for the slice of this one to end, as it does behind one that is merely nice. There is no way back without privileges.
+pub fn take_what_is_left() {
+    let policy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+    if set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy).is_err() {
+        stand_back();
+    }
 }
 
 #[cfg(test)]
@@ -114,15 +140,15 @@ mod tests {
             share_percent: 20,
         };
         let mut pace = Pace::new(&throttle);
-        // Others work for as long as ten looks take.
-        let looks = std::cell::Cell::new(0);
-        let is_busy = || {
-            looks.set(looks.get() + 1);
-            looks.get() <= 10
-        };
         let begin = Instant::now();
         std::thread::sleep(Duration::from_millis(3));
-        pace.read(1, is_busy);
+        pace.count(1);
+        // Others work for as long as ten looks take.
+        let mut looks = 0;
+        while pace.is_ahead() {
+            looks += 1;
+            pace.pause(|| looks <= 10);
+        }
         let worked = pace.started.elapsed() - pace.paused;
         assert!(worked >= 8 * SLICE, "{worked:?}");
         assert!(begin.elapsed() + PAUSE_MIN >= worked * 5, "{worked:?}");
@@ -137,7 +163,10 @@ mod tests {
         let mut pace = Pace::new(&throttle);
         let begin = Instant::now();
         for _ in 0..81 {
-            pace.read(128 << 10, || false);
+            while pace.is_ahead() {
+                pace.pause(|| false);
+            }
+            pace.count(128 << 10);
         }
         // Ten MiB and a rest, less what is saved up.
         assert!(

@@ -80,6 +80,8 @@ pub struct Reads<'a, T> {
     registered: bool,
 }
 
+/// More buffers are not registered: the kernel would touch and pin the memory of all at once, which takes tens of milliseconds.
+const REGISTERED_MAX: usize = 64;
 /// Reads of one job have a number of 16 bits each.
 const READS_OF_JOB_MAX: usize = 1 << 16;
 
@@ -100,10 +102,11 @@ impl<'a, T> Reads<'a, T> {
                 iov_len: buffer.map.len(),
             })
             .collect();
+        let few = buffers.len() <= REGISTERED_MAX;
         // SAFETY: the vectors describe live anonymous mappings. The kernel pins their pages, so a
         // buffer that is dropped before the ring leaves the kernel with pages of its own; the index
         // that each buffer keeps is its position in this table.
-        let registered = unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
+        let registered = few && unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
         Ok(Self {
             ring,
             file,

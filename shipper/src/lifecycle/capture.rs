@@ -1,8 +1,9 @@
 //! Capturing a closed epoch: its blocks, as they were at the cut, become segments in the spool.
 //!
 //! Overview: what belongs to the epoch is what the journal and the preserve file both name; each of them names at least
-//! that. The journal may name more, by whole units or of later epochs. Blocks that guests write all the time
-//! are captured first, on all disks, so that few have to be copied before they are overwritten; then the rest.
+//! that. The journal may name more, by whole units or of later epochs; the preserve file may name what a scan has seen. Blocks
+//! that guests write all the time are captured first, on all disks, as the preserve file alone names them, so that few have to
+//! be copied before they are overwritten; then the rest.
 //!
 //! Order: when the blocks of all disks are in the spool, the preserve files are asked whether they held until then,
 //! and the journals whether the epoch is still closed; only then is it sealed. The tracker may be killed
@@ -178,13 +179,17 @@ impl Conductor {
             index,
             reader,
             frozen,
+            after,
             dirty_blocks,
             roll,
-            ..
         } = capture;
         let (index, frozen) = (*index, &*frozen);
         let disk = &self.disks[index];
-        let dirty = reader.dirty(capture.after, epoch)?;
+        let dirty = match hot {
+            // To read the journal takes longer than to capture these, and guests are about to overwrite them.
+            true => None,
+            false => Some(reader.dirty(*after, epoch)?),
+        };
         // Looked at after the records: what the ring could not take shows here.
         if reader
             .state()?
@@ -205,10 +210,15 @@ impl Conductor {
             throttle: &self.config.throttle,
         };
         let named = |extent: tracker::error::Result<Extent>| match extent {
-            Ok(extent) => frozen.changed(extent, hot).map(Ok).collect(),
+            Ok(extent) => frozen.changed(extent, false).map(Ok).collect(),
             Err(error) => vec![Err(Error::from(error))],
         };
-        let extents = dirty.extents().flat_map(named).inspect(|extent| {
+        let named = dirty
+            .iter()
+            .flat_map(|dirty| dirty.extents())
+            .flat_map(named);
+        let hot = hot.then(|| frozen.hot().map(|extent| extent.map_err(Error::from)));
+        let extents = hot.into_iter().flatten().chain(named).inspect(|extent| {
             let count = extent.as_ref().map_or(0, |extent| extent.block_count);
             dirty_blocks.fetch_add(count, Ordering::Relaxed);
         });

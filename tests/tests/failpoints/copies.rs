@@ -6,7 +6,7 @@ use tracker::extent::Epoch;
 
 use super::*;
 
-/// Places of the thread that copies blocks.
+/// Places on the way of a copy.
 pub const OF_COPIES: &[(&str, Way)] = &[
     ("CopyAfterReadBeforeWrite", Way::Overwrite),
     ("CopyAfterWriteBeforeMark", Way::Overwrite),
@@ -38,12 +38,12 @@ impl Rig {
     }
 }
 
-/// While a copy is held, whoever writes to another block goes on; a write to the block is not on the disk.
+/// The worker copies what is in the page cache: while it is held the other one goes on, and the write is not on the disk.
 #[test]
 fn copies_are_held_and_killed() {
     let mut rig = Rig::new();
     for &(place, way) in OF_COPIES {
-        visit(&mut rig, place, way, Others::Writers, "");
+        visit(&mut rig, place, way, Others::Worker, "");
     }
     come_back(rig);
 }
