@@ -1,4 +1,4 @@
-//! fio reads given blocks of an image, as capture does: through the page cache, at depth.
+//! fio reads given blocks of an image at depth: through the page cache, where the tracker uses it, else from the storage.
 
 use std::fmt::Write;
 use std::process::Command;
@@ -17,7 +17,7 @@ const READ_BLOCKS_MAX: u32 = 256;
 /// # Errors
 ///
 /// fio fails, or its report has another form.
-pub fn rate(server: &Running, blocks: &[u32]) -> Result<f64> {
+pub fn rate(server: &Running, blocks: &[u32], direct: bool) -> Result<f64> {
     let image = server.image();
     let image = image.display();
     let mut log = format!("fio version 2 iolog\n{image} add\n{image} open\n");
@@ -32,7 +32,8 @@ pub fn rate(server: &Running, blocks: &[u32]) -> Result<f64> {
     std::fs::write(&path, log)?;
     let output = Command::new("fio")
         .args(["--output-format=json", "--name=read", "--ioengine=io_uring"])
-        .args(["--iodepth=32", "--thread=1", "--direct=0", "--invalidate=0"])
+        .args(["--iodepth=32", "--thread=1", "--invalidate=0"])
+        .arg(format!("--direct={}", u8::from(direct)))
         .arg(format!("--read_iolog={}", path.display()))
         .current_dir(server.folder())
         .output()?;

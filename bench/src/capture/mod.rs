@@ -139,7 +139,11 @@ impl Bench<'_> {
         let mut run = Run::new((name, round, true), begin, &writes, &seen);
         if let Some(tail) = run.tail {
             let blocks = blocks_since(&writes, previous_cut(&seen, tail.begin));
-            run.fio_rate = Some(fio_reads::rate(&self.server, &blocks)?);
+            run.fio_rate = Some(fio_reads::rate(
+                &self.server,
+                &blocks,
+                self.settings.direct,
+            )?);
         }
         Ok(run)
     }
