@@ -160,20 +160,17 @@ fn start_workers<'scope>(
     // Those that take what is left of the processors hold it; the others wait for its end.
     let (working, ended) = bounded::<()>(0);
     for _ in 0..settings.workers.max(1) {
-        let ((mine, others), (answers, theirs)) = (
-            (work.clone(), work.clone()),
-            (to_caller.clone(), to_caller.clone()),
-        );
-        let (working, ended) = (working.clone(), ended.clone());
+        let (jobs, answers, working) = (work.clone(), to_caller.clone(), working.clone());
         scope.spawn(move || {
             take_what_is_left();
-            work_until_closed(&mine, &answers, settings);
+            work_until_closed(&jobs, &answers, settings);
             drop(working);
         });
+        let (jobs, answers, ended) = (work.clone(), to_caller.clone(), ended.clone());
         scope.spawn(move || {
             if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
                 stand_back();
-                work_until_closed(&others, &theirs, settings);
+                work_until_closed(&jobs, &answers, settings);
             }
         });
     }
