@@ -123,12 +123,10 @@ fn a_capture_that_may_take_a_share_of_the_time_comes_to_its_end() {
         mut client,
         mut random,
     } = filled("share", 16);
-    let shipper = site.start_shipper();
-    site.cut();
-    shipper.stop();
     site.settings = "capture_share_percent = 10\n".to_owned();
     site.write_config();
     let shipper = site.start_shipper();
+    site.cut();
     for _ in 0..400 {
         let offset = random.below(16 * 256) * 4096;
         client.write(offset, &random.bytes(4096)).unwrap();

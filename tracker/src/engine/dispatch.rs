@@ -491,12 +491,8 @@ impl Worker {
         data: &[u8],
     ) -> Option<Result<(), ReplyError>> {
         let admission = self.admit(disk, request.command, request.offset, request.length)?;
-        let copied = || {
-            let extent = Extent::covering(request.offset, request.length);
-            self.copies_now(disk, extent, admission.epoch)
-        };
-        let is_ready = admission.is_ready() || admission.waits.is_none() && copied();
-        let result = is_ready.then(|| {
+        let extent = Extent::covering(request.offset, request.length);
+        let result = self.may_go(disk, extent, admission).then(|| {
             reached(Place::WriteAfterAdmissionBeforeData);
             let result = write_now(&self.shared.disks[disk], request.offset, data);
             reached(Place::WriteAfterDataBeforeReply);

@@ -13,8 +13,8 @@ use nix::sys::eventfd::EventFd;
 
 use super::operation::{Operation, Outcome};
 use super::worker::{Order, TAG_DISK, Worker};
-use crate::epoch::Waiter;
-use crate::extent::{Epoch, Extent};
+use crate::epoch::{Admission, Waiter};
+use crate::extent::Extent;
 use crate::failpoint::{Place, reached};
 
 /// By this a worker is told that a write may go on.
@@ -37,16 +37,11 @@ impl Waiter for Bell {
 impl Worker {
     /// Leaves a write whose admission said that it has to wait. Returns it if it has not.
     pub(super) fn leave_waiting(&mut self, slot: usize, operation: Operation) -> Option<Operation> {
-        let Some(admission) = operation
-            .admission
-            .filter(|admission| !admission.is_ready())
-        else {
+        let (disk, extent) = (operation.disk, operation.part_blocks());
+        let waits = |admission: &Admission| !self.may_go(disk, extent, *admission);
+        let Some(admission) = operation.admission.filter(waits) else {
             return Some(operation);
         };
-        let (disk, extent) = (operation.disk, operation.part_blocks());
-        if admission.waits.is_none() && self.copies_now(disk, extent, admission.epoch) {
-            return Some(operation);
-        }
         let machine = Arc::clone(&self.shared.machine);
         self.operations[slot] = Some(operation);
         match admission.waits {
@@ -56,10 +51,15 @@ impl Worker {
         None
     }
 
-    /// Copies here and now what a write would overwrite of the closed epoch, if that can be done without a wait.
-    pub(super) fn copies_now(&self, disk: usize, extent: Extent, epoch: Epoch) -> bool {
-        let source = &*self.shared.disks[disk];
-        self.shared.machine.copy_now(disk, extent, epoch, source)
+    /// Whether the data of a write may go to the disk. What it would overwrite of the closed epoch is copied here and now, if
+    /// that alone is missing and can be done without a wait.
+    pub(super) fn may_go(&self, disk: usize, extent: Extent, admission: Admission) -> bool {
+        let copied = || {
+            let source = &*self.shared.disks[disk];
+            let machine = &self.shared.machine;
+            machine.copy_now(disk, extent, admission.epoch, source)
+        };
+        admission.is_ready() || admission.waits.is_none() && copied()
     }
 
     /// A write that waited may look again.
