@@ -34,6 +34,7 @@ package_of() {
         # The server's own programs are in no PATH; this one comes with them.
         pg_ctlcluster) echo postgresql ;;
         cc) echo "gcc libc6-dev" ;;
+        node) echo nodejs ;;
         *) echo "$1" ;;
     esac
 }
@@ -71,6 +72,42 @@ need_rust() {
     if ! have cargo && [ -x "$HOME/.cargo/bin/cargo" ]; then PATH="$HOME/.cargo/bin:$PATH"; fi
     have cargo || fail "a Rust toolchain is missing: see https://rustup.rs"
     need cc
+}
+
+# need_emulators FOLDER: servers that speak as S3 and Azure do, at fixed versions, in a folder of their own.
+# The first one is a program of Python, the second one of Node.
+need_emulators() {
+    local folder=$1 moto=5.2.5 azurite=3.35.0
+    need python3
+    mkdir -p "$folder" || fail "cannot make $folder"
+    if [ "$(cat "$folder/moto/version" 2>/dev/null)" != "$moto" ]; then
+        python3 -c 'import ensurepip, venv' 2>/dev/null || need_package python3-venv
+        say "Installing: moto $moto from PyPI"
+        rm -rf "$folder/moto"
+        python3 -m venv "$folder/moto" &&
+            "$folder/moto/bin/pip" install --quiet --disable-pip-version-check "moto[server]==$moto" ||
+            fail "cannot install moto $moto from PyPI, by which the tests of S3 are run"
+        echo "$moto" >"$folder/moto/version"
+    fi
+    if [ "$(cat "$folder/azurite/version" 2>/dev/null)" != "$azurite" ]; then
+        need node npm
+        say "Installing: azurite $azurite from npm"
+        rm -rf "$folder/azurite"
+        mkdir -p "$folder/azurite"
+        npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$folder/azurite" "azurite@$azurite" \
+            >/dev/null || fail "cannot install azurite $azurite from npm, by which the tests of Azure are run"
+        echo "$azurite" >"$folder/azurite/version"
+    fi
+}
+
+# need_package NAME...: packages that no command stands for.
+need_package() {
+    have apt-get || fail "these packages are missing: $*. Install them by your distribution's means."
+    can_be_root || fail "these packages are missing: $*. Run this as root or with sudo once, or install them."
+    say "Installing: $*"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq &&
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null ||
+        fail "cannot install: $*"
 }
 
 # wait_for SECONDS COMMAND...: until the command succeeds; fails after the deadline.

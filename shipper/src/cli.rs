@@ -1,13 +1,19 @@
 //! The command line: raw arguments, made into checked ones.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use shipper::error::{Error, ErrorKind, Result};
+use shipper::keys::slots::UserSecret;
+use shipper::keys::source::{
+    Access, PASSPHRASE_VARIABLE, generate_key_file, read_key_file, read_passphrase_file,
+};
 use shipper::lifecycle::config::Config;
 use shipper::vault::Vault;
 use shipper::vault::layout::is_valid_name;
 use tracker::extent::Epoch;
+
+use crate::ask;
 
 /// Turns tracked changes of Linux disks into recovery points in a vault.
 #[derive(Debug, Parser)]
@@ -25,7 +31,18 @@ pub enum Command {
     Init {
         /// Address of the vault, such as file:///backup/vault
         vault: String,
+        #[command(flatten)]
+        secret: SecretArguments,
+        /// Make the key file; there must be none of its name
+        #[arg(long, requires = "key_file")]
+        generate_key_file: bool,
+        /// Do not encrypt: whoever can read the vault can read the disks
+        #[arg(long, conflicts_with_all = ["key_file", "passphrase_file"])]
+        unencrypted: bool,
     },
+    /// Show and change what opens an encrypted vault
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// Check everything that a machine needs, and claim it in the vault
     Protect(ConfigArgument),
     /// Make recovery points until SIGTERM or SIGINT
@@ -106,6 +123,175 @@ pub enum Command {
     },
 }
 
+/// The commands on key slots.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// List the key slots
+    List {
+        #[command(flatten)]
+        vault: VaultArguments,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add a key slot: one more secret opens the vault
+    Add {
+        #[command(flatten)]
+        vault: VaultArguments,
+        #[command(flatten)]
+        new: NewSecretArguments,
+        /// What it is called, for people; everybody with access to the store can read it
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        label: String,
+    },
+    /// Remove a key slot: its secret opens the vault no longer
+    Remove {
+        #[command(flatten)]
+        vault: VaultArguments,
+        /// Name of the slot, as `shipper key list` shows it
+        slot: String,
+    },
+    /// Give a key slot another secret
+    Rotate {
+        #[command(flatten)]
+        vault: VaultArguments,
+        /// Name of the slot, as `shipper key list` shows it
+        slot: String,
+        #[command(flatten)]
+        new: NewSecretArguments,
+    },
+}
+
+/// What opens an encrypted vault. Without any, TIDEMARK_PASSPHRASE of the environment counts, and then the terminal is
+/// asked.
+#[derive(Clone, Debug, Default, Args)]
+pub struct SecretArguments {
+    /// A key file: 64 hexadecimal digits
+    #[arg(long, value_name = "FILE", conflicts_with = "passphrase_file")]
+    key_file: Option<PathBuf>,
+    /// A file with the passphrase
+    #[arg(long, value_name = "FILE")]
+    passphrase_file: Option<PathBuf>,
+}
+
+impl SecretArguments {
+    /// Where the secret comes from, if that is asked for.
+    pub fn access(&self) -> Access {
+        Access {
+            key_file: self.key_file.clone(),
+            passphrase_file: self.passphrase_file.clone(),
+            ask: Some(ask::passphrase),
+        }
+    }
+
+    /// The secret of a new vault.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it cannot be read.
+    pub fn new_secret(&self, generate: bool) -> Result<UserSecret> {
+        if let (Some(path), true) = (&self.key_file, generate) {
+            return generate_key_file(path).map(UserSecret::KeyFile);
+        }
+        let access = Access {
+            ask: Some(ask::new_passphrase),
+            ..self.access()
+        };
+        access.secret()?.ok_or_else(|| {
+            let what = format!(
+                "A vault is encrypted, and nothing says what opens it: give --key-file FILE, with --generate-key-file for \
+                 a new one, or --passphrase-file FILE, or {PASSPHRASE_VARIABLE} in the environment; or --unencrypted, if \
+                 whoever can read the vault may read the disks"
+            );
+            Error::new(ErrorKind::Invalid, what)
+        })
+    }
+}
+
+/// What opens a key slot from now on. Without any, the terminal is asked.
+#[derive(Debug, Args)]
+pub struct NewSecretArguments {
+    /// A key file: 64 hexadecimal digits
+    #[arg(long, value_name = "FILE", conflicts_with = "new_passphrase_file")]
+    new_key_file: Option<PathBuf>,
+    /// A file with the passphrase
+    #[arg(long, value_name = "FILE")]
+    new_passphrase_file: Option<PathBuf>,
+    /// Make the key file; there must be none of its name
+    #[arg(long, requires = "new_key_file")]
+    generate_key_file: bool,
+}
+
+impl NewSecretArguments {
+    /// The secret.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it cannot be read.
+    pub fn secret(&self) -> Result<UserSecret> {
+        match (&self.new_key_file, &self.new_passphrase_file) {
+            (Some(path), _) if self.generate_key_file => {
+                generate_key_file(path).map(UserSecret::KeyFile)
+            }
+            (Some(path), _) => read_key_file(path).map(UserSecret::KeyFile),
+            (None, Some(path)) => read_passphrase_file(path).map(UserSecret::Passphrase),
+            (None, None) => match ask::new_passphrase()? {
+                Some(passphrase) => Ok(UserSecret::Passphrase(passphrase)),
+                None => Err(Error::new(
+                    ErrorKind::Invalid,
+                    "Nothing says what opens the slot: give --new-key-file FILE, with --generate-key-file for a new one, or \
+                     --new-passphrase-file FILE",
+                )),
+            },
+        }
+    }
+}
+
+/// A vault: by a configuration, or by its address.
+#[derive(Debug, Args)]
+pub struct VaultArguments {
+    /// Configuration file of a machine
+    #[arg(long, value_name = "FILE", required_unless_present = "vault")]
+    config: Option<PathBuf>,
+    /// Address of the vault, instead of a configuration
+    #[arg(long, value_name = "URL", conflicts_with = "config")]
+    vault: Option<String>,
+    #[command(flatten)]
+    secret: SecretArguments,
+}
+
+impl VaultArguments {
+    /// Its address, and where its secret comes from.
+    ///
+    /// # Errors
+    ///
+    /// The configuration is wrong.
+    pub fn place(&self) -> Result<(String, Access)> {
+        place(self.config.as_deref(), self.vault.as_deref(), &self.secret)
+    }
+}
+
+/// A vault by its configuration or address. What the command line says of the secret goes before the configuration.
+fn place(
+    config: Option<&Path>,
+    vault: Option<&str>,
+    secret: &SecretArguments,
+) -> Result<(String, Access)> {
+    let Some(path) = config else {
+        return Ok((vault.unwrap_or_default().to_owned(), secret.access()));
+    };
+    let config = Config::load(path)?;
+    let given = secret.access();
+    let access = match (&given.key_file, &given.passphrase_file) {
+        (None, None) => Access {
+            ask: given.ask,
+            ..config.access
+        },
+        _ => given,
+    };
+    Ok((config.vault, access))
+}
+
 /// The configuration of a machine.
 #[derive(Debug, Args)]
 pub struct ConfigArgument {
@@ -142,6 +328,8 @@ pub struct PlaceArguments {
     /// Name of the machine, with --vault
     #[arg(long, value_name = "NAME", requires = "vault")]
     machine: Option<String>,
+    #[command(flatten)]
+    secret: SecretArguments,
 }
 
 impl PlaceArguments {
@@ -151,21 +339,17 @@ impl PlaceArguments {
     ///
     /// The configuration is wrong, the name is invalid, or there is no vault.
     pub fn open(&self) -> Result<(Vault, String)> {
-        let (url, machine) = match (&self.config, &self.vault, &self.machine) {
-            (Some(path), _, _) => {
-                let config = Config::load(path)?;
-                (config.vault, config.machine)
-            }
-            (None, Some(vault), Some(machine)) if is_valid_name(machine) => {
-                (vault.clone(), machine.clone())
-            }
-            (_, _, machine) => {
+        let machine = match (&self.config, &self.machine) {
+            (Some(path), _) => Config::load(path)?.machine,
+            (None, Some(machine)) if is_valid_name(machine) => machine.clone(),
+            (_, machine) => {
                 let name = machine.as_deref().unwrap_or_default();
                 let what = format!("{name:?} is no name of a machine");
                 return Err(Error::new(ErrorKind::Invalid, what));
             }
         };
-        Ok((Vault::open(&url)?, machine))
+        let (url, access) = place(self.config.as_deref(), self.vault.as_deref(), &self.secret)?;
+        Ok((Vault::open(&url, &access)?, machine))
     }
 }
 

@@ -25,6 +25,8 @@ pub enum ErrorKind {
     State,
     /// The store or the tracker could not be reached, or asked us to come back later.
     Unavailable,
+    /// The store does not accept the credentials, or does not allow what was asked with them.
+    Denied,
     /// The target has no room left.
     Full,
     /// A higher generation has been claimed: this shipper may not write any more.
@@ -92,11 +94,12 @@ impl Error {
 }
 
 impl Error {
-    /// Whether trying the same again later can help, without anybody's help.
+    /// Whether trying the same again later can help: it may pass by itself, or somebody sees to it from
+    /// outside, such as to the credentials of a store.
     pub fn is_recoverable(&self) -> bool {
         matches!(
             self.kind,
-            ErrorKind::Io | ErrorKind::Unavailable | ErrorKind::Full
+            ErrorKind::Io | ErrorKind::Unavailable | ErrorKind::Full | ErrorKind::Denied
         )
     }
 }

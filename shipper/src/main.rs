@@ -1,5 +1,7 @@
 //! The shipper program.
 
+mod ask;
+
 mod cli;
 
 mod show;
@@ -12,6 +14,8 @@ use std::sync::Arc;
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 use shipper::error::{Error, ErrorKind, Result};
+use shipper::keys::aead::Cipher;
+use shipper::keys::slots::Argon2Cost;
 use shipper::lifecycle::conductor::{RunOptions, run};
 use shipper::lifecycle::config::Config;
 use shipper::lifecycle::control::{ask_cut, ask_resync, ask_status};
@@ -19,11 +23,13 @@ use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::protect;
 use shipper::recovery::restore::{RestoreOptions, restore};
 use shipper::recovery::verify::{VerifyOptions, verify};
+use shipper::store::VaultUrl;
 use shipper::upload::retry::Stop;
-use shipper::vault::Vault;
+use shipper::vault::keyring::Change;
 use shipper::vault::manifest::Consistency;
+use shipper::vault::{Protection, Vault};
 
-use cli::{Cli, Command, parse_point};
+use cli::{Cli, Command, KeyCommand, SecretArguments, VaultArguments, parse_point};
 
 fn main() -> ExitCode {
     let arguments = Cli::parse();
@@ -47,10 +53,13 @@ fn main() -> ExitCode {
 
 fn carry_out(command: Command) -> Result<()> {
     match command {
-        Command::Init { vault } => {
-            let vault = Vault::create(&vault)?;
-            print(&format!("Vault {} made at {}\n", vault.id(), vault.url()))
-        }
+        Command::Init {
+            vault,
+            secret,
+            generate_key_file,
+            unencrypted,
+        } => init(&vault, &secret, generate_key_file, unencrypted),
+        Command::Key(command) => key(&command),
         Command::Protect(config) => {
             let config = config.load()?;
             let protection = protect(&config)?;
@@ -91,6 +100,66 @@ fn carry_out(command: Command) -> Result<()> {
         }
         Command::QuiesceGuard => shipper::quiesce::guard::run(),
         Command::QuiesceExec { words } => shipper::quiesce::become_command(&words),
+    }
+}
+
+fn init(
+    url: &str,
+    secret: &SecretArguments,
+    generate_key_file: bool,
+    unencrypted: bool,
+) -> Result<()> {
+    // An address that is none shall not leave a key file behind.
+    VaultUrl::parse(url)?;
+    let protection = match unencrypted {
+        true => Protection::Plain,
+        false => Protection::Sealed {
+            secret: secret.new_secret(generate_key_file)?,
+            label: "first".to_owned(),
+            cost: Argon2Cost::default(),
+            cipher: Cipher::preferred(),
+        },
+    };
+    let vault = Vault::create(url, &protection)?;
+    let how = match vault.keys().sealing() {
+        None => "not encrypted".to_owned(),
+        Some(sealing) => format!(
+            "encrypted with {}; without a key file or passphrase of it nothing can be restored, so keep a copy elsewhere",
+            sealing.cipher().name()
+        ),
+    };
+    print(&format!(
+        "Vault {} made at {}, {how}\n",
+        vault.id(),
+        vault.url()
+    ))
+}
+
+fn key(command: &KeyCommand) -> Result<()> {
+    let change = |vault: &VaultArguments, change: &Change<'_>| {
+        let (url, access) = vault.place()?;
+        let table = Vault::change_keys(&url, &access, change)?;
+        print(&show::key_slots(&table.slots))
+    };
+    match command {
+        KeyCommand::List { vault, json } => {
+            let (url, access) = vault.place()?;
+            let table = Vault::key_table(&url, &access)?;
+            print(&if *json {
+                show::key_slots_json(&table.slots)?
+            } else {
+                show::key_slots(&table.slots)
+            })
+        }
+        KeyCommand::Add { vault, new, label } => {
+            let secret = &new.secret()?;
+            change(vault, &Change::Add { secret, label })
+        }
+        KeyCommand::Remove { vault, slot } => change(vault, &Change::Remove { id: slot }),
+        KeyCommand::Rotate { vault, slot, new } => {
+            let secret = &new.secret()?;
+            change(vault, &Change::Rotate { id: slot, secret })
+        }
     }
 }
 

@@ -5,11 +5,13 @@ use std::fmt::Write;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use shipper::error::{Error, ErrorKind, Result};
+use shipper::keys::slots::KeySlot;
 use shipper::lifecycle::config::Config;
 use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::Protection;
 use shipper::lifecycle::resync::ResyncAnswer;
 use shipper::status::{DiskStatus, Health, Phase, ResyncStage, Status};
+use shipper::store::counted::Requests;
 use shipper::vault::manifest::{Consistency, Manifest};
 use tracker::extent::Epoch;
 
@@ -57,6 +59,7 @@ pub fn status(status: &Status) -> String {
     let health = match status.health {
         Health::Ok => "ok",
         Health::Warning => "in trouble, trying again",
+        Health::Critical => "critical: it will hardly pass by itself; trying again",
     };
     let newest = status
         .newest_point
@@ -80,6 +83,7 @@ pub fn status(status: &Status) -> String {
         status.uploaded_segments,
         mebibytes(status.uploaded_bytes),
     );
+    text.push_str(&requests(&status.vault_requests));
     if let Some(point) = &status.application_point {
         text.push_str(&format!(
             "newest application-consistent recovery point: {}, of {}\n",
@@ -101,6 +105,30 @@ pub fn status(status: &Status) -> String {
         text.push_str(&resync_status(disk));
     }
     text
+}
+
+/// What `status` says of requests to the vault.
+fn requests(requests: &Requests) -> String {
+    let kinds = [
+        ("put", requests.put),
+        ("get", requests.get),
+        ("head", requests.head),
+        ("list", requests.list),
+        ("delete", requests.delete),
+        ("credentials", requests.credentials),
+    ];
+    let shown: Vec<String> = kinds
+        .into_iter()
+        .filter(|(_, sum)| sum.requests > 0)
+        .map(|(name, sum)| match sum.bytes {
+            0 => format!("{} {name}", sum.requests),
+            bytes => format!("{} {name} ({})", sum.requests, mebibytes(bytes)),
+        })
+        .collect();
+    match shown.is_empty() {
+        true => String::new(),
+        false => format!("requests to the vault: {}\n", shown.join(", ")),
+    }
 }
 
 /// What `status` says of the scan of a disk, if there is one.
@@ -215,6 +243,31 @@ impl Point {
             disks: manifest.disks.iter().map(disk).collect(),
         }
     }
+}
+
+/// What `key list` says.
+pub fn key_slots(slots: &[KeySlot]) -> String {
+    let mut text = String::new();
+    for slot in slots {
+        let (kind, created) = (slot.kind.name(), shown_time(slot.created));
+        text.push_str(format!("{}  {kind:10}  {created}  {}", slot.id, slot.label).trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The same as JSON, without what only a program that opens the slots needs.
+///
+/// # Errors
+///
+/// It cannot be written as JSON.
+pub fn key_slots_json(slots: &[KeySlot]) -> Result<String> {
+    let shown = slots.iter().map(|slot| {
+        serde_json::json!({
+            "id": slot.id, "kind": slot.kind, "created": slot.created, "label": slot.label,
+        })
+    });
+    json(&shown.collect::<Vec<_>>())
 }
 
 fn shown_time(time: jiff::Timestamp) -> String {

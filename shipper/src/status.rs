@@ -1,14 +1,15 @@
 //! What the shipper is doing and how well: a board that its threads write and others read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tracker::extent::Epoch;
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
+use crate::store::counted::{Counters, Requests};
 
 /// The same trouble is logged again after this time.
 const REPEAT_INTERVAL: Duration = Duration::from_secs(60);
@@ -53,6 +54,8 @@ pub enum Health {
     Ok,
     /// Something is retried; nothing is lost.
     Warning,
+    /// Something is retried and will hardly pass by itself: the vault refuses the credentials.
+    Critical,
 }
 
 /// Everything about a running shipper.
@@ -95,6 +98,9 @@ pub struct Status {
     pub uploaded_segments: u64,
     /// Bytes of them.
     pub uploaded_bytes: u64,
+    /// Requests to the vault's store since it was started.
+    #[serde(default)]
+    pub vault_requests: Requests,
     /// The disks.
     pub disks: Vec<DiskStatus>,
 }
@@ -168,12 +174,15 @@ struct Logged {
 struct Inner {
     status: Status,
     logged: BTreeMap<Part, Logged>,
+    /// What needs somebody.
+    refused: BTreeSet<Part>,
 }
 
 /// The board.
 pub struct Board {
     inner: Mutex<Inner>,
     bytes_read: Vec<AtomicU64>,
+    vault_requests: Option<Arc<Counters>>,
 }
 
 impl std::fmt::Debug for Board {
@@ -191,10 +200,18 @@ impl Board {
         Self {
             inner: Mutex::new(Inner {
                 status,
-                logged: BTreeMap::new(),
+                ..Inner::default()
             }),
             bytes_read,
+            vault_requests: None,
         }
+    }
+
+    /// Shows the requests that these count.
+    #[must_use]
+    pub fn counting(mut self, vault_requests: Option<Arc<Counters>>) -> Self {
+        self.vault_requests = vault_requests;
+        self
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -208,12 +225,20 @@ impl Board {
 
     /// Everything at this moment.
     pub fn status(&self) -> Status {
-        let mut status = self.lock().status.clone();
+        let inner = self.lock();
+        let (mut status, refused) = (inner.status.clone(), !inner.refused.is_empty());
+        drop(inner);
         for (disk, read) in status.disks.iter_mut().zip(&self.bytes_read) {
             disk.bytes_read = read.load(Ordering::Relaxed);
         }
-        let trouble = !status.problems.is_empty();
-        status.health = if trouble { Health::Warning } else { Health::Ok };
+        if let Some(counters) = &self.vault_requests {
+            status.vault_requests = counters.sums();
+        }
+        status.health = match status.problems.is_empty() {
+            true => Health::Ok,
+            false if refused => Health::Critical,
+            false => Health::Warning,
+        };
         status
     }
 
@@ -226,6 +251,10 @@ impl Board {
     /// minute.
     pub fn note(&self, part: Part, error: Option<&Error>) {
         let mut inner = self.lock();
+        match error.map(Error::kind) {
+            Some(ErrorKind::Denied) => inner.refused.insert(part),
+            _ => inner.refused.remove(&part),
+        };
         let Some(error) = error else {
             if inner.status.problems.remove(&part).is_some() {
                 inner.logged.remove(&part);
@@ -254,5 +283,32 @@ impl Board {
             status.uploaded_segments += 1;
             status.uploaded_bytes += bytes;
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_needs_somebody_is_critical_until_it_is_over() {
+        let counters = Arc::new(Counters::default());
+        let board = Board::new(Status::default()).counting(Some(Arc::clone(&counters)));
+        assert_eq!(board.status().health, Health::Ok);
+        for (kind, health) in [
+            (ErrorKind::Unavailable, Health::Warning),
+            (ErrorKind::Denied, Health::Critical),
+            (ErrorKind::Unavailable, Health::Warning),
+            (ErrorKind::Denied, Health::Critical),
+        ] {
+            board.note(Part::Vault, Some(&Error::new(kind, "trouble")));
+            assert_eq!(board.status().health, health);
+        }
+        board.note(Part::Spool, Some(&Error::new(ErrorKind::Full, "full")));
+        assert_eq!(board.status().health, Health::Critical);
+        board.note(Part::Vault, None);
+        assert_eq!(board.status().health, Health::Warning);
+        counters.request(crate::store::counted::Kind::List);
+        assert_eq!(board.status().vault_requests.list.requests, 1);
     }
 }

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod chunks;
+pub mod emulators;
+pub mod faulty_store;
 pub mod loop_device;
 pub mod model;
 pub mod nbd;

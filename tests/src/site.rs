@@ -1,6 +1,7 @@
 //! A place to test in: disks, sockets, vault, state and configuration of one machine in a temporary
 //! directory, and the commands on them.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use shipper::keys::source::{Access, generate_key_file};
 use tempfile::TempDir;
 
 use crate::nbd::Client;
@@ -46,6 +48,10 @@ pub struct Site {
     pub tracker_arguments: Vec<String>,
     /// More lines at the top of the configuration.
     pub settings: String,
+    /// Address of the vault, if it is not in the temporary directory.
+    pub vault_elsewhere: Option<String>,
+    /// What the shipper finds in its environment beside what is there.
+    pub environment: Vec<(String, String)>,
 }
 
 impl Site {
@@ -92,7 +98,10 @@ impl Site {
             codec: "zstd:1".to_owned(),
             tracker_arguments: Vec::new(),
             settings: String::new(),
+            vault_elsewhere: None,
+            environment: Vec::new(),
         };
+        generate_key_file(&site.key_file()).expect("a key file");
         for (name, size) in &site.disks {
             let file = File::create_new(site.image(name)).expect("a disk image");
             file.set_len(*size).expect("a sparse disk");
@@ -134,6 +143,25 @@ impl Site {
         self.path("nbd.sock.control")
     }
 
+    /// The key file of the vault.
+    pub fn key_file(&self) -> PathBuf {
+        self.path("vault.key")
+    }
+
+    /// What opens the vault.
+    pub fn access(&self) -> Access {
+        Access {
+            key_file: Some(self.key_file()),
+            ..Access::default()
+        }
+    }
+
+    /// Arguments that make a vault at this address, encrypted with the key file.
+    pub fn init(&self, url: &str) -> Vec<OsString> {
+        let key_file = self.key_file().into_os_string();
+        vec!["init".into(), url.into(), "--key-file".into(), key_file]
+    }
+
     /// The vault's directory.
     pub fn vault(&self) -> PathBuf {
         self.path("vault")
@@ -141,7 +169,10 @@ impl Site {
 
     /// The vault's address.
     pub fn vault_url(&self) -> String {
-        format!("file://{}", self.vault().display())
+        match &self.vault_elsewhere {
+            Some(url) => url.clone(),
+            None => format!("file://{}", self.vault().display()),
+        }
     }
 
     /// The shipper's state directory.
@@ -209,10 +240,11 @@ impl Site {
     /// The text of the configuration.
     pub fn config_text(&self) -> String {
         let mut text = format!(
-            "machine = \"m1\"\ntracker = {:?}\nvault = {:?}\nstate = {:?}\ninterval = {:?}\n\
-             codec = {:?}\n{}\n",
+            "machine = \"m1\"\ntracker = {:?}\nvault = {:?}\nkey_file = {:?}\nstate = {:?}\n\
+             interval = {:?}\ncodec = {:?}\n{}\n",
             self.control(),
             self.vault_url(),
+            self.key_file(),
             self.state(),
             self.interval,
             self.codec,
@@ -236,11 +268,18 @@ impl Site {
         fs::write(self.config(), self.config_text()).expect("the configuration");
     }
 
+    /// The shipper in its environment, without arguments.
+    pub fn shipper_program(&self) -> Command {
+        let mut command = Command::new(program("shipper"));
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
     /// Makes the vault and protects the machine; the tracker must run.
     #[track_caller]
     pub fn protect(&self) {
         self.write_config();
-        run(Command::new(program("shipper")).args(["init", &self.vault_url()])).success();
+        run(self.shipper_program().args(self.init(&self.vault_url()))).success();
         self.shipper(&["protect"]).success();
     }
 
@@ -249,7 +288,7 @@ impl Site {
     pub fn start_shipper(&self) -> Daemon {
         Daemon::start(
             "shipper",
-            Command::new(program("shipper"))
+            self.shipper_program()
                 .arg("run")
                 .arg("--config")
                 .arg(self.config()),
@@ -264,7 +303,7 @@ impl Site {
 
     /// A command of the shipper on the configuration, not yet run.
     pub fn shipper_command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(program("shipper"));
+        let mut command = self.shipper_program();
         command.args(arguments).arg("--config").arg(self.config());
         command
     }
@@ -366,6 +405,19 @@ impl Site {
             .map(|metadata| metadata.len())
             .sum()
     }
+}
+
+/// Where a vault in a folder keeps what is of its only machine, whose name is not to be seen.
+///
+/// # Panics
+///
+/// There is not exactly one.
+#[track_caller]
+pub fn machine_folder(vault: &Path) -> PathBuf {
+    let folders = fs::read_dir(vault.join("machines")).expect("a machine in the vault");
+    let folders: Vec<_> = folders.flatten().map(|entry| entry.path()).collect();
+    assert_eq!(folders.len(), 1, "{folders:?}");
+    folders[0].clone()
 }
 
 fn is_point(word: &str) -> bool {

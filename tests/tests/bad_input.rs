@@ -433,7 +433,7 @@ fn protected() -> Protected {
 fn configurations_that_are_wrong() {
     let site = Site::new(&[("disk", MIB)]);
     let _tracker = site.start_tracker();
-    run(Command::new(program("shipper")).args(["init", &site.vault_url()])).success();
+    run(Command::new(program("shipper")).args(site.init(&site.vault_url()))).success();
     let good = site.config_text();
     let twice = format!("{good}[[disk]]\nname = \"disk\"\npath = \"/somewhere/else\"\n");
     let cases: Vec<(String, &[&str])> = vec![
@@ -474,7 +474,7 @@ fn configurations_that_are_wrong() {
 fn a_configuration_of_another_disk_than_the_trackers() {
     let site = Site::new(&[("disk", MIB)]);
     let _tracker = site.start_tracker();
-    run(Command::new(program("shipper")).args(["init", &site.vault_url()])).success();
+    run(Command::new(program("shipper")).args(site.init(&site.vault_url()))).success();
     fs::write(
         site.config(),
         site.config_text()
@@ -522,19 +522,19 @@ fn a_vault_that_is_missing_or_none() {
 #[test]
 fn a_vault_is_not_made_twice() {
     let site = Site::new(&[("disk", MIB)]);
-    run(Command::new(program("shipper")).args(["init", &site.vault_url()])).success();
+    run(Command::new(program("shipper")).args(site.init(&site.vault_url()))).success();
     let before = fs::read(site.path("vault/vault.json")).unwrap();
     says(
-        run(Command::new(program("shipper")).args(["init", &site.vault_url()])),
+        run(Command::new(program("shipper")).args(site.init(&site.vault_url()))),
         &["vault"],
     );
     assert_eq!(fs::read(site.path("vault/vault.json")).unwrap(), before);
     says(
-        run(Command::new(program("shipper")).args(["init", "ftp://x/y"])),
+        run(Command::new(program("shipper")).args(site.init("ftp://x/y"))),
         &["ftp"],
     );
     says(
-        run(Command::new(program("shipper")).args(["init", "nonsense"])),
+        run(Command::new(program("shipper")).args(site.init("nonsense"))),
         &["nonsense"],
     );
 }
@@ -545,10 +545,10 @@ fn a_vault_that_may_not_be_written() {
     fs::create_dir(site.path("locked")).unwrap();
     fs::set_permissions(site.path("locked"), Permissions::from_mode(0o555)).unwrap();
     let mut command = Command::new(program("shipper"));
-    command.args([
-        "init",
-        &format!("file://{}/vault", site.path("locked").display()),
-    ]);
+    command
+        .arg("init")
+        .arg("--unencrypted")
+        .arg(format!("file://{}/vault", site.path("locked").display()));
     says(run(&mut as_nobody(&site, &command)), &["locked"]);
     assert_eq!(files_below(&site.path("locked")), Vec::<PathBuf>::new());
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tests::nbd::Client;
 use tests::process::{Daemon, program, run};
 use tests::seed::Random;
-use tests::site::{Site, await_status, files_below, number, status};
+use tests::site::{Site, await_status, files_below, machine_folder, number, status};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -98,7 +98,7 @@ fn recovery_points_wait_for_a_vault_that_is_away() {
         !site.vault().join("machines").exists(),
         "nothing is written where no vault is"
     );
-    let before: Vec<PathBuf> = files_below(&elsewhere.join("machines/m1/points"));
+    let before: Vec<PathBuf> = files_below(&machine_folder(&elsewhere).join("points"));
     fs::rename(&elsewhere, site.vault()).unwrap();
     await_status(&site, "an empty spool", |status| {
         number(status, "/spool_epochs") == 0

@@ -28,7 +28,7 @@ use tests::order::writer::{Target, Writer};
 use tests::order::{BLOCK_BYTES, Clock, WRITERS};
 use tests::process::{Daemon, program, program_with_failpoints, run};
 use tests::seed::Random;
-use tests::site::{Site, fast_folder, number, status};
+use tests::site::{Site, fast_folder, machine_folder, number, status};
 use tracker::extent::Epoch;
 
 const MIB: u64 = 1 << 20;
@@ -389,7 +389,8 @@ fn world(plan: Plan, world: u64, points: u64) -> Result<Report, (Epoch, Violatio
     line.up();
     programs.site.protect();
     let shipper = programs.start_shipper();
-    let follower = Follower::new(&programs.site.vault_url(), "m1", &DISKS).unwrap();
+    let (url, access) = (programs.site.vault_url(), programs.site.access());
+    let follower = Follower::new(&url, &access, "m1", &DISKS).unwrap();
     let mut world = World {
         elsewhere: programs.site.path("elsewhere"),
         programs,
@@ -642,7 +643,7 @@ impl World {
         let site = &self.programs.site;
         let vault = site.vault();
         // Without the vault nothing answers; without this folder nothing can be put.
-        let segments = vault.join("machines/m1/disks");
+        let segments = machine_folder(&vault).join("disks");
         let is_gone = self.random.chance(1, 2);
         let taken = if is_gone { &vault } else { &segments };
         fs::write(&self.elsewhere, "in the way").unwrap();

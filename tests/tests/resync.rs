@@ -10,7 +10,7 @@ use serde_json::Value;
 use tests::nbd::Client;
 use tests::process::Daemon;
 use tests::seed::Random;
-use tests::site::{Site, assert_same, await_status, number, status};
+use tests::site::{Site, assert_same, await_status, machine_folder, number, status};
 
 const MIB: u64 = 1 << 20;
 /// The least that a spool can be given: what a scan gets done while nothing can be uploaded.
@@ -114,7 +114,7 @@ impl World {
     /// Where the segments are kept. A file in its place lets nothing be uploaded, while the vault
     /// answers as ever.
     fn segments(&self) -> PathBuf {
-        self.site.vault().join("machines/m1/disks")
+        machine_folder(&self.site.vault()).join("disks")
     }
 
     fn forbid_uploads(&self) {

@@ -16,6 +16,8 @@ use crate::settings::Settings;
 
 /// Time that the shipper has to find its tracker and to become idle.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Name of the vault's key file.
+const KEY_FILE: &str = "vault.key";
 /// Time between two looks at it.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -52,7 +54,10 @@ impl Shipper {
     /// A command fails.
     pub fn start_with(program: &Path, server: &Running, lines: &str) -> Result<Self> {
         let vault = configure(server, lines)?;
-        success(Command::new(program).arg("init").arg(&vault))?;
+        let key_file = server.folder().join(KEY_FILE);
+        let mut init = Command::new(program);
+        init.arg("init").arg(&vault).arg("--key-file");
+        success(init.arg(key_file).arg("--generate-key-file"))?;
         success(&mut command(program, server.folder(), "protect"))?;
         Self::launch(program, server)
     }
@@ -202,9 +207,10 @@ fn configure(server: &Running, lines: &str) -> Result<String> {
     let disk = server.image();
     let name = disk.file_name().unwrap_or_default();
     let text = format!(
-        "machine = \"bench\"\ntracker = {:?}\nvault = {vault:?}\nstate = {:?}\n{lines}\
+        "machine = \"bench\"\ntracker = {:?}\nvault = {vault:?}\nkey_file = {:?}\nstate = {:?}\n{lines}\
          [[disk]]\nname = {name:?}\npath = {disk:?}\n",
         server.control(),
+        folder.join(KEY_FILE),
         folder.join("state"),
     );
     std::fs::write(folder.join(CONFIGURATION), text)?;

@@ -1,4 +1,4 @@
-//! Read, fingerprint, compress, in parallel and in order.
+//! Read, fingerprint, compress, seal, in parallel and in order.
 //!
 //! Overview: the reader thread takes batches and free buffers, keeps the disk busy, and settles what it has read of
 //! a closed epoch; workers make frames of it; the caller's thread puts the frames back into the order of
@@ -29,6 +29,7 @@ use crate::keys::{Fingerprint, Keys};
 use crate::segment::codec::{Codec, Compressor};
 use crate::segment::format::FRAME_BLOCKS_MAX;
 use crate::segment::frame::{EncodedFrame, FrameBuilder};
+use crate::segment::seal::Current;
 use crate::spool::table::Table;
 
 /// Buffers of 128 KiB each, which all stages of a scan hold together.
@@ -51,6 +52,8 @@ const ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
 pub struct Settings<'a> {
     /// Keys of fingerprints.
     pub keys: &'a Keys,
+    /// The segment that frames are made for.
+    pub current: &'a Current,
     /// Compression.
     pub codec: Codec,
     /// Threads that fingerprint and compress.
@@ -383,7 +386,7 @@ impl Worker<'_> {
         }
         let frame = self
             .builder
-            .finish(&mut self.compressor, self.settings.keys)?;
+            .finish(&mut self.compressor, self.settings.current)?;
         let captured = Captured {
             frame,
             end_block: batch.end_block(),

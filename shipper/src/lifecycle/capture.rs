@@ -26,11 +26,12 @@ use crate::capture::frozen::settle_holes;
 use crate::capture::pipeline::{Captured, Flow, Settings, run};
 use crate::capture::plan::Batches;
 use crate::error::{Error, ErrorKind, Result};
-use crate::segment::format::{Directory, SegmentName};
+use crate::segment::format::Directory;
 use crate::segment::reference::SegmentRef;
-use crate::segment::writer::SegmentWriter;
+use crate::segment::roll::{Place, SegmentRoll};
 use crate::spool::files::sync_folder;
 use crate::spool::segment_file;
+use crate::spool::table::Table;
 use crate::upload::retry::Stop;
 use crate::vault::manifest::{DiskPoint, Manifest};
 
@@ -94,10 +95,9 @@ impl Conductor {
         }
         let mut disks = Vec::new();
         let mut captured = Vec::new();
-        for mut capture in captures {
-            capture.roll.finish_one()?;
+        for capture in captures {
             let one = CapturedDisk {
-                made: capture.roll.made,
+                made: capture.roll.segments.finish()?,
                 dirty_blocks: capture.dirty_blocks.into_inner(),
                 size_bytes: capture.frozen.size_bytes(),
             };
@@ -125,7 +125,7 @@ impl Conductor {
         index: usize,
         reader: &'a JournalReader,
         epoch: Epoch,
-        folder: &'a Path,
+        folder: &Path,
     ) -> std::result::Result<Capture<'a>, GivenUp> {
         let disk = &self.disks[index];
         let name = &disk.config.name;
@@ -149,6 +149,12 @@ impl Conductor {
             .state()?
             .sealed
             .max(scanned.map_or(Epoch::ZERO, |scan| scan.epoch));
+        let place = Place {
+            folder: folder.to_owned(),
+            file: segment_file,
+            generation: self.machine.generation,
+            epoch,
+        };
         Ok(Capture {
             index,
             reader,
@@ -157,11 +163,7 @@ impl Conductor {
             dirty_blocks: AtomicU64::new(0),
             roll: Roll {
                 conductor: self,
-                index,
-                epoch,
-                folder,
-                writer: None,
-                made: Vec::new(),
+                segments: SegmentRoll::new(place, &disk.owner)?,
                 over_budget: false,
             },
         })
@@ -198,13 +200,13 @@ impl Conductor {
         {
             return Err(GivenUp::NeedsScan(index, Reason::EveryBlock));
         }
-        let no_table = || Error::new(ErrorKind::State, "The fingerprints are not open");
-        let table = self.tables.as_ref().and_then(|tables| tables.get(index));
+        let current = roll.segments.current();
         let settings = Settings {
             keys: self.vault.keys(),
+            current: &current,
             codec: self.config.codec,
             workers: self.config.workers,
-            table: table.ok_or_else(no_table)?,
+            table: self.table(index)?,
             bytes_read: self.board.bytes_read(index),
             frozen: Some(frozen),
             throttle: &self.config.throttle,
@@ -236,6 +238,12 @@ impl Conductor {
             return Err(GivenUp::NeedsScan(index, Reason::Overrun));
         }
         Ok(())
+    }
+
+    fn table(&self, index: usize) -> Result<&Table> {
+        let table = self.tables.as_ref().and_then(|tables| tables.get(index));
+        let no_table = || Error::new(ErrorKind::State, "The fingerprints are not open");
+        table.ok_or_else(no_table)
     }
 
     /// Whether "every block changed as of this epoch" is taken care of by the base or a scan.
@@ -295,11 +303,7 @@ fn check_whole(capture: &Capture<'_>, epoch: Epoch) -> std::result::Result<(), G
 /// The segments of one disk and epoch, one after the other.
 struct Roll<'a> {
     conductor: &'a Conductor,
-    index: usize,
-    epoch: Epoch,
-    folder: &'a std::path::Path,
-    writer: Option<SegmentWriter>,
-    made: Vec<(SegmentRef, Directory)>,
+    segments: SegmentRoll,
     over_budget: bool,
 }
 
@@ -314,40 +318,7 @@ impl Roll<'_> {
             return Ok(Flow::Stop);
         }
         budget.fetch_sub(bytes, Ordering::Relaxed);
-        self.append(&captured.frame)?;
+        self.segments.append(&captured.frame)?;
         Ok(Flow::Continue)
-    }
-
-    fn append(&mut self, frame: &crate::segment::frame::EncodedFrame) -> Result<()> {
-        if frame.runs.is_empty() {
-            return Ok(());
-        }
-        let disk = &self.conductor.disks[self.index];
-        let mut writer = match self.writer.take() {
-            Some(writer) => writer,
-            None => {
-                let name = SegmentName {
-                    generation: self.conductor.machine.generation,
-                    first_epoch: self.epoch,
-                    last_epoch: self.epoch,
-                    number: self.made.len() as u32,
-                };
-                let file = segment_file(&disk.config.name, &name);
-                SegmentWriter::create(&self.folder.join(file), name)?
-            }
-        };
-        writer.append(frame)?;
-        let full = writer.is_full();
-        self.writer = Some(writer);
-        if full { self.finish_one() } else { Ok(()) }
-    }
-
-    fn finish_one(&mut self) -> Result<()> {
-        if let Some(writer) = self.writer.take() {
-            let owner = &self.conductor.disks[self.index].owner;
-            self.made
-                .push(writer.finish(owner, self.conductor.vault.keys())?);
-        }
-        Ok(())
     }
 }

@@ -32,7 +32,7 @@ use super::resync::{Probe, WATCH_INTERVAL};
 use super::state::{MachineState, StateFolder};
 use crate::capture::source::DiskSource;
 use crate::error::{Error, ErrorKind, Result};
-use crate::segment::writer::Owner;
+use crate::segment::seal::Owner;
 use crate::spool::table::Table;
 use crate::spool::{Spool, folder_bytes};
 use crate::status::{Board, DiskStatus, Part, Phase, Status};
@@ -196,13 +196,14 @@ impl Conductor {
             Error::new(ErrorKind::State, what)
         };
         let machine = state.machine()?.ok_or_else(unprotected)?;
-        let vault = Vault::open(&config.vault)?;
+        let vault = Vault::open(&config.vault, &config.access)?;
         machine.check(&config, &vault)?;
         generation::check(&vault, &config.machine, machine.generation)?;
         state.make_folders()?;
         let spool = Spool::open(&state.spool())?;
         let disks = open_disks(&config, &vault)?;
-        let board = Arc::new(Board::new(first_status(&config, &machine, &disks)));
+        let board = Board::new(first_status(&config, &machine, &disks));
+        let board = Arc::new(board.counting(vault.store().counters()));
         let context = Context {
             vault: vault.clone(),
             machine: config.machine.clone(),

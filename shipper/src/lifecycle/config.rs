@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::capture::throttle::Throttle;
 use crate::error::{Error, ErrorKind, Result};
+use crate::keys::source::Access;
 use crate::quiesce::config::{QuiesceConfig, RawQuiesce};
 use crate::segment::codec::Codec;
 use crate::store::VaultUrl;
@@ -35,6 +36,8 @@ struct RawConfig {
     machine: String,
     tracker: PathBuf,
     vault: String,
+    key_file: Option<PathBuf>,
+    passphrase_file: Option<PathBuf>,
     state: PathBuf,
     interval: String,
     codec: Option<String>,
@@ -65,6 +68,8 @@ pub struct Config {
     pub tracker: PathBuf,
     /// Address of the vault.
     pub vault: String,
+    /// Where the secret of an encrypted vault comes from.
+    pub access: Access,
     /// Folder for spool, fingerprints and cursors.
     pub state: PathBuf,
     /// Time between recovery points.
@@ -148,6 +153,9 @@ impl Config {
                 "workers: {workers} is not a number from 1 to {WORKERS_MAX}"
             ));
         }
+        if raw.key_file.is_some() && raw.passphrase_file.is_some() {
+            return Err("key_file and passphrase_file: give one of the two".to_owned());
+        }
         let share = raw.resync_share_percent.unwrap_or(RESYNC_SHARE_DEFAULT);
         let resync_share_percent = checked_percent("resync_share_percent", share)?;
         let throttle = checked_throttle(&raw)?;
@@ -158,6 +166,11 @@ impl Config {
             machine: raw.machine,
             tracker: raw.tracker,
             vault: raw.vault,
+            access: Access {
+                key_file: raw.key_file,
+                passphrase_file: raw.passphrase_file,
+                ask: None,
+            },
             state: raw.state,
             codec,
             spool_budget_bytes,
@@ -310,6 +323,11 @@ mod tests {
                 "\"30s\"",
                 "\"5m\"\ncapture_share_percent = 0",
                 "capture_share_percent",
+            ),
+            (
+                "\"30s\"",
+                "\"5m\"\nkey_file = \"/k\"\npassphrase_file = \"/p\"",
+                "key_file",
             ),
             ("\"root\"", "\"Root\"", "Root"),
             ("[[disk]]", "[quiesce]\n[[disk]]", "quiesce"),

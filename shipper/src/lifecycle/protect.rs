@@ -31,7 +31,7 @@ pub struct Protection {
 /// The first check that fails, with what to do.
 pub fn protect(config: &Config) -> Result<Protection> {
     let mut checks = Vec::new();
-    let vault = Vault::open(&config.vault)?;
+    let vault = Vault::open(&config.vault, &config.access)?;
     checks.push(format!("Vault {} at {}", vault.id(), config.vault));
     let mut tracker = ControlClient::connect(&config.tracker)?;
     let status = tracker.status()?;

@@ -46,7 +46,6 @@ use crate::spool::segment_file;
 use crate::spool::table::Table;
 use crate::status::Part;
 use crate::upload::Job;
-use crate::vault::layout;
 use crate::vault::manifest::{DiskPoint, Manifest};
 
 /// Cuts that are tried until the open epoch is above everything.
@@ -59,7 +58,7 @@ impl Conductor {
         let mut base = published;
         let mut broken = false;
         for epoch in self.spool.epochs()? {
-            let manifest = match self.spool.manifest(epoch, self.vault.keys()) {
+            let manifest = match self.spool_manifest(epoch) {
                 Ok((manifest, _)) if !broken && self.follows(&manifest, base.as_ref())? => manifest,
                 result => {
                     broken = true;
@@ -85,6 +84,12 @@ impl Conductor {
         self.remove_orphans()
     }
 
+    /// The manifest of a sealed epoch, and its bytes.
+    fn spool_manifest(&self, epoch: Epoch) -> Result<(Manifest, Vec<u8>)> {
+        let id = self.vault.point_id(&self.config.machine, epoch);
+        self.spool.manifest(&id, self.vault.keys())
+    }
+
     /// Whether a sealed epoch can be uploaded after `base`, and is whole.
     fn follows(&self, manifest: &Manifest, base: Option<&Manifest>) -> Result<bool> {
         let present = base.map_or(Epoch::ZERO, |base| base.epoch);
@@ -93,7 +98,9 @@ impl Conductor {
         }
         if manifest.epoch <= present {
             // Published, and the shipper died before it was released.
-            let key = layout::manifest_key(&self.config.machine, manifest.epoch);
+            let key = self
+                .vault
+                .manifest_key(&self.config.machine, manifest.epoch);
             return Ok(self.vault.store().size(&key)?.is_some());
         }
         if manifest.previous != present {
@@ -130,7 +137,7 @@ impl Conductor {
         if self.local_segment(disk, segment).is_some() {
             return Ok(true);
         }
-        let key = layout::segment_key(&self.config.machine, disk, segment);
+        let key = self.vault.segment_key(&self.config.machine, disk, segment);
         Ok(self.vault.store().size(&key)? == Some(segment.bytes))
     }
 
@@ -211,7 +218,7 @@ impl Conductor {
         }
         // Everything up to the recovery point before the oldest unreleased one was synced.
         let synced = match self.unreleased.front() {
-            Some(&(epoch, _)) => self.spool.manifest(epoch, self.vault.keys())?.0.previous,
+            Some(&(epoch, _)) => self.spool_manifest(epoch)?.0.previous,
             None => self.base.as_ref().map_or(Epoch::ZERO, |base| base.epoch),
         };
         let mut tables = Vec::new();
@@ -238,12 +245,12 @@ impl Conductor {
     }
 
     fn replay(&self, table: &mut Table, disk: &str, segment: &SegmentRef) -> Result<()> {
-        let keys = self.vault.keys();
+        let owner = self.vault.owner(&self.config.machine, disk);
         let directory = match self.local_segment(disk, segment) {
-            Some(path) => read_directory_file(&path, segment, keys)?,
+            Some(path) => read_directory_file(&path, segment, &owner)?,
             None => {
-                let key = layout::segment_key(&self.config.machine, disk, segment);
-                read_directory(self.vault.store(), &key, segment, keys)?
+                let key = self.vault.segment_key(&self.config.machine, disk, segment);
+                read_directory(self.vault.store(), &key, segment, &owner)?
             }
         };
         table.apply(segment.name.0.last_epoch, &directory)

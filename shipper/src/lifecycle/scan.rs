@@ -8,6 +8,7 @@
 //! captured with the next recovery point, which names the scan's segments before its own.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tracker::extent::BLOCK_SIZE;
@@ -19,6 +20,7 @@ use crate::capture::plan::Batches;
 use crate::error::{Error, ErrorKind, Result};
 use crate::segment::format::{Directory, SegmentName};
 use crate::segment::reference::SegmentRef;
+use crate::segment::seal::{Current, SegmentSeal};
 use crate::segment::writer::SegmentWriter;
 use crate::spool::files::sync_folder;
 use crate::spool::segment_file;
@@ -81,9 +83,12 @@ impl Conductor {
             number: next_number(progress),
         };
         let path = self.copied_file(&disk.config.name, &name);
-        let mut writer = SegmentWriter::create(&path, name)?;
+        let seal = SegmentSeal::begin(name, &disk.owner)?;
+        let current = Current::new(Arc::clone(&seal));
+        let mut writer = SegmentWriter::create(&path, seal)?;
         let settings = Settings {
             keys: self.vault.keys(),
+            current: &current,
             codec: self.config.codec,
             workers: self.config.workers,
             table,
@@ -124,7 +129,7 @@ impl Conductor {
             crate::spool::files::remove_if_present(&path)?;
             return Ok(Slice { cursor, made: None });
         }
-        let made = writer.finish(&disk.owner, self.vault.keys())?;
+        let made = writer.finish()?;
         sync_folder(&self.state.copy())?;
         Ok(Slice {
             cursor,

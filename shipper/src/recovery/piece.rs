@@ -11,7 +11,7 @@ use tracker::extent::BLOCK_SIZE;
 
 use crate::error::Result;
 use crate::keys::Keys;
-use crate::segment::format::{Directory, ExtentEntry, FrameEntry};
+use crate::segment::format::{Directory, ExtentEntry, Frame};
 use crate::segment::frame::decode_frame;
 use crate::store::Store;
 
@@ -58,7 +58,7 @@ impl Piece {
     /// It is damaged, in words that follow the object's name.
     pub fn decode(
         &self,
-        frame: &FrameEntry,
+        frame: &Frame,
         bytes: &[u8],
         keys: &Keys,
     ) -> std::result::Result<Vec<u8>, String> {
@@ -68,7 +68,7 @@ impl Piece {
         let stored = bytes
             .get(start..end)
             .ok_or_else(|| format!("it ends within the frame at offset {}", stored.start))?;
-        decode_frame(frame, stored, keys)
+        decode_frame(&self.directory, frame, stored, keys)
     }
 
     /// Position in a frame of the first block that differs from its fingerprint.
@@ -82,7 +82,7 @@ impl Piece {
     }
 
     /// The frames, each with its extents.
-    pub fn frames(&self) -> impl Iterator<Item = (&FrameEntry, &[ExtentEntry])> {
+    pub fn frames(&self) -> impl Iterator<Item = (&Frame, &[ExtentEntry])> {
         let mut rest = &self.directory.extents[..];
         self.directory
             .frames
@@ -135,7 +135,7 @@ fn next_piece<'a>(
     }) {
         let frame = directory.frames[number];
         range.end = frame.range().end;
-        let count = u32::from(frame.block_count.get());
+        let count = u32::from(frame.block_count);
         fingerprints.extend_from_slice(directory.fingerprints_of(number, 0, count));
         let position = frames.len() as u32;
         extents.extend(entries.iter().map(|entry| ExtentEntry {
@@ -147,7 +147,7 @@ fn next_piece<'a>(
     Some(Piece {
         segment,
         range,
-        directory: Directory::new(frames, extents, fingerprints),
+        directory: directory.part(frames, extents, fingerprints),
     })
 }
 
@@ -167,12 +167,12 @@ mod tests {
         let (mut offset, mut block) = (16, 0);
         let (mut frames, mut extents, mut fingerprints) = (vec![], vec![], vec![]);
         for (number, (bytes, blocks)) in sizes.iter().enumerate() {
-            frames.push(FrameEntry {
-                offset: offset.into(),
-                stored_bytes: (*bytes).into(),
-                block_count: (*blocks).into(),
+            frames.push(Frame {
+                offset,
+                stored_bytes: *bytes,
+                block_count: *blocks,
                 codec: 0,
-                reserved: 0,
+                number: 0,
                 check: [number as u8; 16],
             });
             extents.push(ExtentEntry {
@@ -211,10 +211,10 @@ mod tests {
                 prop_assert!(length <= LIMITS.read_bytes_max || piece.directory.frames.len() == 1);
                 let mut before = piece.range.start;
                 for (position, (frame, entries)) in piece.frames().enumerate() {
-                    prop_assert!(frame.offset.get() - before <= LIMITS.gap_bytes_max);
+                    prop_assert!(frame.offset - before <= LIMITS.gap_bytes_max);
                     before = frame.range().end;
                     prop_assert_eq!(entries.len(), 1);
-                    let count = u32::from(frame.block_count.get());
+                    let count = u32::from(frame.block_count);
                     let fingerprints = piece.directory.fingerprints_of(position, 0, count);
                     prop_assert_eq!(fingerprints.len(), count as usize);
                     prop_assert!(fingerprints.iter().all(|one| one.0 == frame.check));

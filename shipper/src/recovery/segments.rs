@@ -3,29 +3,29 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::Result;
-use crate::segment::format::{Directory, FOOTER_BYTES};
-use crate::segment::reader::read_directory;
+use crate::segment::format::Directory;
+use crate::segment::reader::{read_directory, tail_bytes};
 use crate::segment::reference::SegmentRef;
+use crate::segment::seal::Owner;
 use crate::vault::Vault;
-use crate::vault::layout::segment_key;
 use crate::vault::manifest::DiskPoint;
 
 /// The segments of one disk at a recovery point, and what has been read of them.
 #[derive(Debug)]
 pub struct Segments<'a> {
     vault: &'a Vault,
-    machine: &'a str,
     disk: &'a DiskPoint,
+    owner: Owner,
     read_bytes: AtomicU64,
 }
 
 impl<'a> Segments<'a> {
     /// The segments that a manifest of this machine lists for a disk.
-    pub fn new(vault: &'a Vault, machine: &'a str, disk: &'a DiskPoint) -> Self {
+    pub fn new(vault: &'a Vault, machine: &str, disk: &'a DiskPoint) -> Self {
         Self {
             vault,
-            machine,
             disk,
+            owner: vault.owner(machine, &disk.name),
             read_bytes: AtomicU64::new(0),
         }
     }
@@ -47,7 +47,8 @@ impl<'a> Segments<'a> {
 
     /// Key of a segment.
     pub fn key(&self, segment: usize) -> String {
-        segment_key(self.machine, &self.disk.name, self.segment(segment))
+        let Owner { machine, disk, .. } = &self.owner;
+        self.vault.segment_key(machine, disk, self.segment(segment))
     }
 
     /// Reads a directory.
@@ -57,9 +58,9 @@ impl<'a> Segments<'a> {
     /// The object is missing, damaged, or not the one that the manifest names.
     pub fn directory(&self, segment: usize) -> Result<Directory> {
         let named = self.segment(segment);
-        let (store, keys) = (self.vault.store(), self.vault.keys());
-        let directory = read_directory(store, &self.key(segment), named, keys)?;
-        self.count_read(named.directory_bytes + FOOTER_BYTES as u64);
+        let store = self.vault.store();
+        let directory = read_directory(store, &self.key(segment), named, &self.owner)?;
+        self.count_read(tail_bytes(named, &self.owner));
         Ok(directory)
     }
 

@@ -2,6 +2,8 @@
 
 mod document;
 
+mod encrypted;
+
 mod fixture;
 
 mod restores;

@@ -8,7 +8,7 @@
 //! A problem does not stop the rest. Segments that no manifest names are none: a point that is not
 //! published yet has some.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -18,14 +18,13 @@ use tracker::extent::Epoch;
 use super::piece::{Limits, Piece, cut};
 use super::workers::{Failure, Numbers, data_threads, directory_threads};
 use crate::error::{Error, ErrorKind, Result};
-use crate::segment::format::{Directory, FOOTER_BYTES, Footer, HEADER_BYTES};
+use crate::segment::format::{Directory, HEADER_BYTES};
 use crate::segment::frame::damaged;
-use crate::segment::reader::{check_header, read_tail};
+use crate::segment::reader::{check_header, read_directory, tail_bytes};
 use crate::segment::reference::{NameField, SegmentRef};
-use crate::vault::Vault;
-use crate::vault::layout::segment_key;
-use crate::vault::layout::{is_valid_name, manifest_key};
+use crate::vault::layout::{MACHINES_PREFIX, generation_of, is_valid_name};
 use crate::vault::manifest::{DiskPoint, Manifest};
+use crate::vault::{Vault, generation};
 
 /// All bytes are read, so there are no gaps.
 const LIMITS: Limits = Limits {
@@ -34,8 +33,6 @@ const LIMITS: Limits = Limits {
 };
 /// Recovery points that a problem lists; of the others it says how many they are.
 const POINTS_SHOWN: usize = 3;
-/// Where all machines are.
-const MACHINES_PREFIX: &str = "machines";
 
 /// What to verify.
 #[derive(Clone, Debug)]
@@ -74,12 +71,17 @@ pub fn verify(
     on_problem: &mut dyn FnMut(&str),
 ) -> Result<VerifyReport> {
     let mut report = VerifyReport::default();
-    for machine in machines(vault, options)? {
-        let mut problem = |line: String| {
-            report.problems += 1;
-            on_problem(&line);
-        };
+    let mut problems = 0;
+    let mut problem = |line: String| {
+        problems += 1;
+        on_problem(&line);
+    };
+    vault.key_problems()?.into_iter().for_each(&mut problem);
+    for machine in machines(vault, options, &mut problem)? {
         let mut catalog = Catalog::default();
+        if vault.keys().sealing().is_some() {
+            catalog.claimed = Some(check_claims(vault, &machine, &mut problem)?);
+        }
         let points = catalog.read(vault, &machine, &mut problem)?;
         let task = Task {
             vault,
@@ -93,31 +95,87 @@ pub fn verify(
         report.segments += catalog.segments.len() as u64;
         report.bytes += task.bytes.into_inner();
     }
+    report.problems = problems;
     // A vault that was unmounted looks like one that has lost everything.
     vault.check_present()?;
     Ok(report)
 }
 
-fn machines(vault: &Vault, options: &VerifyOptions) -> Result<BTreeSet<String>> {
+fn machines(
+    vault: &Vault,
+    options: &VerifyOptions,
+    problem: &mut dyn FnMut(String),
+) -> Result<BTreeSet<String>> {
     let Some(machine) = &options.machine else {
-        let listed = vault.store().list(MACHINES_PREFIX)?;
-        let names = listed.iter().filter_map(|object| {
-            let mut parts = object.key.split('/');
-            parts.nth(1).filter(|name| is_valid_name(name))
-        });
-        return Ok(names.map(str::to_owned).collect());
+        return all_machines(vault, problem);
     };
     if !is_valid_name(machine) {
         let what = format!("{machine:?} is not the name of a machine");
         return Err(Error::new(ErrorKind::Invalid, what));
     }
-    let prefix = format!("{MACHINES_PREFIX}/{machine}");
-    if vault.store().list(&prefix)?.is_empty() {
+    if vault
+        .store()
+        .list(&vault.machine_prefix(machine))?
+        .is_empty()
+    {
         let url = vault.url();
         let what = format!("The vault at {url} has nothing of machine {machine}");
         return Err(Error::new(ErrorKind::Missing, what));
     }
     Ok(BTreeSet::from([machine.clone()]))
+}
+
+/// Names of all machines. In an encrypted vault their claims say them.
+fn all_machines(vault: &Vault, problem: &mut dyn FnMut(String)) -> Result<BTreeSet<String>> {
+    let listed = vault.store().list(MACHINES_PREFIX)?;
+    let mut claims: BTreeMap<&str, Option<u64>> = BTreeMap::new();
+    for object in &listed {
+        let mut parts = object.key.split('/');
+        if let Some(name) = parts.nth(1).filter(|name| is_valid_name(name)) {
+            let is_claim = parts.next() == Some("generation");
+            let claim = generation_of(&object.key).filter(|_| is_claim);
+            let first = claims.entry(name).or_default();
+            *first = (*first).or(claim);
+        }
+    }
+    if vault.keys().sealing().is_none() {
+        return Ok(claims.into_keys().map(str::to_owned).collect());
+    }
+    let mut machines = BTreeSet::new();
+    for (name, claim) in claims {
+        match claim.map(|claim| generation::read_machine(vault, name, claim)) {
+            Some(Ok(machine)) => {
+                machines.insert(machine);
+            }
+            Some(Err(error)) => problem(format!(
+                "{}; which machine it is cannot be told, name it",
+                error.chain()
+            )),
+            None => problem(format!(
+                "Objects below {MACHINES_PREFIX}/{name} of the vault are of a machine without a claim, name it"
+            )),
+        }
+    }
+    Ok(machines)
+}
+
+/// Looks at the claims of a machine of an encrypted vault; returns the highest.
+fn check_claims(vault: &Vault, machine: &str, problem: &mut dyn FnMut(String)) -> Result<u64> {
+    let claimed = generation::claimed(vault, machine)?;
+    let name = vault.keys().machine_in_keys(machine);
+    for (expected, found) in (1..).zip(&claimed) {
+        if expected != *found {
+            let missing = vault.generation_key(machine, expected);
+            problem(format!(
+                "Object {missing} of the vault is missing: {found} is claimed"
+            ));
+            break;
+        }
+        if let Err(error) = generation::read_machine(vault, &name, *found) {
+            problem(error.chain());
+        }
+    }
+    Ok(claimed.last().copied().unwrap_or(0))
 }
 
 /// The recovery points that a problem affects.
@@ -177,6 +235,8 @@ impl Named {
 #[derive(Debug, Default)]
 struct Catalog {
     segments: Vec<Named>,
+    /// The highest generation that is claimed, where that counts.
+    claimed: Option<u64>,
     /// Positions by disk and name.
     positions: HashMap<String, HashMap<NameField, usize>>,
 }
@@ -191,9 +251,9 @@ impl Catalog {
     ) -> Result<u64> {
         let points = vault.points(machine)?;
         for epoch in &points {
-            let key = manifest_key(machine, *epoch);
+            let key = vault.manifest_key(machine, *epoch);
             match vault.manifest(machine, *epoch) {
-                Ok(manifest) => self.take(&key, &manifest, &points, problem),
+                Ok(manifest) => self.take(vault, &key, &manifest, &points, problem),
                 Err(error) => {
                     let what = error.chain();
                     problem(if what.contains(&key) {
@@ -209,6 +269,7 @@ impl Catalog {
 
     fn take(
         &mut self,
+        vault: &Vault,
         key: &str,
         manifest: &Manifest,
         points: &[Epoch],
@@ -222,10 +283,20 @@ impl Catalog {
                 "Object {key} of the vault: it calls {previous} the one before it; affects recovery point {epoch}"
             ));
         } else if !is_kept && !is_older {
-            let missing = manifest_key(&manifest.machine, previous);
+            let missing = vault.manifest_key(&manifest.machine, previous);
             problem(format!(
                 "Object {missing} of the vault is missing: {key} names it as the one before it; \
                  affects recovery point {previous}"
+            ));
+        }
+        if let Some(claimed) = self
+            .claimed
+            .filter(|claimed| manifest.generation > *claimed)
+        {
+            let missing = vault.generation_key(&manifest.machine, claimed + 1);
+            problem(format!(
+                "Object {missing} of the vault is missing: {key} is of generation {}",
+                manifest.generation
             ));
         }
         let mut names = BTreeSet::new();
@@ -236,12 +307,13 @@ impl Catalog {
                     "Object {key} of the vault: it lists disk {name} twice; affects recovery point {epoch}"
                 ));
             }
-            self.take_disk(manifest, disk, problem);
+            self.take_disk(vault, manifest, disk, problem);
         }
     }
 
     fn take_disk(
         &mut self,
+        vault: &Vault,
         manifest: &Manifest,
         disk: &DiskPoint,
         problem: &mut dyn FnMut(String),
@@ -251,7 +323,7 @@ impl Catalog {
         for segment in &disk.segments {
             let position = *positions.entry(segment.name).or_insert_with(|| {
                 self.segments.push(Named {
-                    key: segment_key(&manifest.machine, &disk.name, segment),
+                    key: vault.segment_key(&manifest.machine, &disk.name, segment),
                     disk: disk.name.clone(),
                     segment: segment.clone(),
                     points: Points::default(),
@@ -344,28 +416,13 @@ impl Task<'_> {
             }
             Some(_) => {}
         }
-        let header = store.read(key, Some(0..HEADER_BYTES as u64))?;
-        check_header(&header, key)?;
-        let (directory, footer) = read_tail(store, key, segment, self.vault.keys())?;
-        let read = HEADER_BYTES as u64 + segment.directory_bytes + FOOTER_BYTES as u64;
-        self.bytes.fetch_add(read, Ordering::Relaxed);
-        self.check_footer(named, &footer)?;
-        Ok(directory)
-    }
-
-    /// Compares the footer with everything that the manifest and the key say.
-    fn check_footer(&self, named: &Named, footer: &Footer) -> Result<()> {
         let owner = self.vault.owner(self.machine, &named.disk);
-        if footer.vault_id != owner.vault_id || footer.owner != owner.check {
-            return Err(named.error("it belongs to another disk, machine or vault"));
-        }
-        let segment = &named.segment;
-        if footer.data_blocks.get() != segment.data_blocks
-            || footer.zero_blocks.get() != segment.zero_blocks
-        {
-            return Err(named.error("the manifest is wrong about how many blocks it has"));
-        }
-        Ok(())
+        let header = store.read(key, Some(0..HEADER_BYTES as u64))?;
+        check_header(&header, key, &owner)?;
+        let directory = read_directory(store, key, segment, &owner)?;
+        let read = HEADER_BYTES as u64 + tail_bytes(segment, &owner);
+        self.bytes.fetch_add(read, Ordering::Relaxed);
+        Ok(directory)
     }
 
     fn check_pieces(&self, work: &Receiver<Piece>, found: &Sender<String>) {
@@ -389,7 +446,7 @@ impl Task<'_> {
             };
             let keys = self.vault.keys();
             piece.differing(number, &raw, keys).map(|block| {
-                let offset = frame.offset.get();
+                let offset = frame.offset;
                 format!(
                     "block {block} of the frame at offset {offset} differs from its fingerprint"
                 )

@@ -1,4 +1,4 @@
-//! The bytes of a segment. Pure.
+//! The bytes of a segment. Pure. What an encrypted one has in another way is in `sealed`.
 //!
 //! `docs/vault-format.md` describes the same layout for people. All integers are little-endian.
 //! Order in the object: header, frames, directory, footer. The directory is the frame table, the
@@ -8,6 +8,8 @@
 //! in it the directory, and through the checks in the frame table every frame. A manifest names
 //! the footer's check, so that no segment can stand for another.
 
+use std::sync::Arc;
+
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -15,6 +17,7 @@ use tracker::extent::{Epoch, Extent};
 use tracker::journal::format::DISK_BLOCKS_MAX;
 
 use super::codec::CodecKind;
+use super::seal::SegmentKey;
 use crate::keys::{Check, Fingerprint, Keys};
 
 /// First bytes of a segment.
@@ -34,6 +37,8 @@ pub const FRAME_NONE: u32 = u32::MAX;
 pub enum Version {
     /// Plain frames and directory, keyed checks.
     First = 1,
+    /// Sealed frames and directory; in encrypted vaults.
+    Second = 2,
 }
 
 /// Head of a segment.
@@ -44,7 +49,7 @@ pub struct Header {
     pub magic: [u8; 8],
     /// A number of [`Version`].
     pub version: U32,
-    /// Zero in this version.
+    /// Zero.
     pub flags: U32,
 }
 
@@ -53,13 +58,42 @@ pub const HEADER_BYTES: usize = size_of::<Header>();
 const _: () = assert!(HEADER_BYTES == 16);
 
 impl Header {
-    /// The header of every segment of this version.
-    pub fn current() -> Self {
+    /// The header of every segment of a version.
+    pub fn of(version: Version) -> Self {
         Self {
             magic: MAGIC,
-            version: (Version::First as u32).into(),
+            version: (version as u32).into(),
             flags: 0.into(),
         }
+    }
+}
+
+/// A frame, as the directory of either version describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Offset of the stored bytes in the segment. Frames follow each other without gaps.
+    pub offset: u64,
+    /// Stored bytes.
+    pub stored_bytes: u32,
+    /// Blocks in the frame, 1 to [`FRAME_BLOCKS_MAX`].
+    pub block_count: u16,
+    /// A number of [`CodecKind`].
+    pub codec: u8,
+    /// Unique in a sealed segment; else zero.
+    pub number: u32,
+    /// Check of the stored bytes, or their tag where they are sealed.
+    pub check: Check,
+}
+
+impl Frame {
+    /// The range of the stored bytes in the segment.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        self.offset..self.offset + u64::from(self.stored_bytes)
+    }
+
+    fn is_valid(&self) -> bool {
+        (1..=FRAME_BLOCKS_MAX).contains(&usize::from(self.block_count))
+            && CodecKind::from_number(self.codec).is_some()
     }
 }
 
@@ -84,9 +118,26 @@ pub struct FrameEntry {
 const _: () = assert!(size_of::<FrameEntry>() == 32);
 
 impl FrameEntry {
-    /// The range of the stored bytes in the segment.
-    pub fn range(&self) -> std::ops::Range<u64> {
-        self.offset.get()..self.offset.get() + u64::from(self.stored_bytes.get())
+    fn of(frame: &Frame) -> Self {
+        Self {
+            offset: frame.offset.into(),
+            stored_bytes: frame.stored_bytes.into(),
+            block_count: frame.block_count.into(),
+            codec: frame.codec,
+            reserved: 0,
+            check: frame.check,
+        }
+    }
+
+    fn frame(&self) -> Option<Frame> {
+        (self.reserved == 0).then_some(Frame {
+            offset: self.offset.get(),
+            stored_bytes: self.stored_bytes.get(),
+            block_count: self.block_count.get(),
+            codec: self.codec,
+            number: 0,
+            check: self.check,
+        })
     }
 }
 
@@ -193,19 +244,32 @@ pub struct SegmentName {
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
     /// The frames.
-    pub frames: Vec<FrameEntry>,
+    pub frames: Vec<Frame>,
     /// The extents.
     pub extents: Vec<ExtentEntry>,
     /// Fingerprints of all blocks with data, in the order of the frames.
     pub fingerprints: Vec<Fingerprint>,
     /// For each frame, the position of its first block's fingerprint.
     first_fingerprints: Vec<usize>,
+    /// Opens the frames of a sealed segment.
+    key: Option<Arc<SegmentKey>>,
+}
+
+/// What the tables of a directory have to fit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Totals {
+    /// Where the frames end.
+    pub frames_end: u64,
+    /// Blocks with data.
+    pub data_blocks: u64,
+    /// Blocks that are zero.
+    pub zero_blocks: u64,
 }
 
 impl Directory {
-    /// A directory from parts that were made here.
+    /// A directory from parts that were made here, of a segment that is not sealed.
     pub fn new(
-        frames: Vec<FrameEntry>,
+        frames: Vec<Frame>,
         extents: Vec<ExtentEntry>,
         fingerprints: Vec<Fingerprint>,
     ) -> Self {
@@ -215,12 +279,49 @@ impl Directory {
             extents,
             fingerprints,
             first_fingerprints,
+            key: None,
         }
     }
 
-    /// The bytes of the directory.
+    /// The same of a sealed segment.
+    pub(super) fn with_key(self, key: Arc<SegmentKey>) -> Self {
+        Self {
+            key: Some(key),
+            ..self
+        }
+    }
+
+    /// A part of this directory, of the same segment.
+    pub fn part(
+        &self,
+        frames: Vec<Frame>,
+        extents: Vec<ExtentEntry>,
+        fingerprints: Vec<Fingerprint>,
+    ) -> Self {
+        Self {
+            key: self.key.clone(),
+            ..Self::new(frames, extents, fingerprints)
+        }
+    }
+
+    /// What opens the frames; `None`: they are not sealed.
+    pub fn key(&self) -> Option<&SegmentKey> {
+        self.key.as_deref()
+    }
+
+    /// Blocks that are zero.
+    pub fn zero_blocks(&self) -> u64 {
+        let zero = self
+            .extents
+            .iter()
+            .filter(|entry| entry.frame_index().is_none());
+        zero.map(|entry| u64::from(entry.block_count.get())).sum()
+    }
+
+    /// The bytes of the directory, as a segment that is not sealed has them.
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = self.frames.as_bytes().to_vec();
+        let entries: Vec<_> = self.frames.iter().map(FrameEntry::of).collect();
+        let mut bytes = entries.as_bytes().to_vec();
         bytes.extend_from_slice(self.extents.as_bytes());
         bytes.extend_from_slice(self.fingerprints.as_bytes());
         bytes
@@ -272,7 +373,11 @@ impl Directory {
             return Err("its directory is damaged".to_owned());
         }
         let parsed = Self::parse(directory, &footer).ok_or("its directory is malformed")?;
-        parsed.validate(&footer)?;
+        parsed.validate(Totals {
+            frames_end: footer.directory_offset.get(),
+            data_blocks: footer.data_blocks.get(),
+            zero_blocks: footer.zero_blocks.get(),
+        })?;
         Ok((parsed, footer))
     }
 
@@ -280,34 +385,26 @@ impl Directory {
         let frames = footer.frame_count.get() as usize;
         let extents = footer.extent_count.get() as usize;
         let blocks = usize::try_from(footer.data_blocks.get()).ok()?;
-        let (frames, rest) = <[FrameEntry]>::ref_from_prefix_with_elems(bytes, frames).ok()?;
+        let (entries, rest) = <[FrameEntry]>::ref_from_prefix_with_elems(bytes, frames).ok()?;
+        let frames: Option<Vec<_>> = entries.iter().map(FrameEntry::frame).collect();
         let (extents, rest) = <[ExtentEntry]>::ref_from_prefix_with_elems(rest, extents).ok()?;
         let fingerprints = <[Fingerprint]>::ref_from_bytes_with_elems(rest, blocks).ok()?;
-        Some(Self::new(
-            frames.to_vec(),
-            extents.to_vec(),
-            fingerprints.to_vec(),
-        ))
+        Some(Self::new(frames?, extents.to_vec(), fingerprints.to_vec()))
     }
 
     /// Whether tables fit each other, so that no later step needs to look again.
-    fn validate(&self, footer: &Footer) -> Result<(), String> {
+    pub(super) fn validate(&self, totals: Totals) -> Result<(), String> {
         let mut offset = HEADER_BYTES as u64;
         let mut blocks = 0;
         for (index, frame) in self.frames.iter().enumerate() {
-            let count = usize::from(frame.block_count.get());
-            if frame.offset.get() != offset
-                || !(1..=FRAME_BLOCKS_MAX).contains(&count)
-                || frame.reserved != 0
-                || CodecKind::from_number(frame.codec).is_none()
-            {
+            if frame.offset != offset || !frame.is_valid() {
                 return Err(format!("entry {index} of its frame table is invalid"));
             }
-            offset += u64::from(frame.stored_bytes.get());
-            blocks += count as u64;
+            offset += u64::from(frame.stored_bytes);
+            blocks += u64::from(frame.block_count);
         }
-        if offset != footer.directory_offset.get() || blocks != footer.data_blocks.get() {
-            return Err("its frame table contradicts its footer".to_owned());
+        if offset != totals.frames_end || blocks != totals.data_blocks {
+            return Err("its frame table contradicts its size".to_owned());
         }
         let (mut next_block, mut data_blocks, mut zero_blocks) = (0, 0, 0);
         for (index, entry) in self.extents.iter().enumerate() {
@@ -316,7 +413,7 @@ impl Directory {
                 None => entry.frame_block.get() == 0,
                 Some(frame) => self.frames.get(frame).is_some_and(|frame| {
                     u64::from(entry.frame_block.get()) + extent.block_count
-                        <= u64::from(frame.block_count.get())
+                        <= u64::from(frame.block_count)
                 }),
             };
             let sorted = extent.first_block >= next_block
@@ -332,18 +429,18 @@ impl Directory {
                 Some(_) => data_blocks += extent.block_count,
             }
         }
-        if data_blocks != footer.data_blocks.get() || zero_blocks != footer.zero_blocks.get() {
-            return Err("its extent table contradicts its footer".to_owned());
+        if data_blocks != totals.data_blocks || zero_blocks != totals.zero_blocks {
+            return Err("its extent table contradicts its size".to_owned());
         }
         Ok(())
     }
 }
 
-fn starts(frames: &[FrameEntry]) -> Vec<usize> {
+fn starts(frames: &[Frame]) -> Vec<usize> {
     let mut sum = 0;
-    let start = |frame: &FrameEntry| {
+    let start = |frame: &Frame| {
         let first = sum;
-        sum += usize::from(frame.block_count.get());
+        sum += usize::from(frame.block_count);
         first
     };
     frames.iter().map(start).collect()
@@ -360,12 +457,12 @@ mod tests {
 
     /// The tail of a small segment: a frame of three blocks, two extents with data, one of zeroes.
     fn tail() -> (Vec<u8>, u64) {
-        let frame = FrameEntry {
-            offset: (HEADER_BYTES as u64).into(),
-            stored_bytes: 100.into(),
-            block_count: 3.into(),
+        let frame = Frame {
+            offset: HEADER_BYTES as u64,
+            stored_bytes: 100,
+            block_count: 3,
             codec: 2,
-            reserved: 0,
+            number: 0,
             check: [5; 16],
         };
         let entry =

@@ -1,12 +1,16 @@
-//! Frames: up to 128 KiB of blocks that are compressed together.
+//! Frames: up to 128 KiB of blocks that are compressed together, and sealed in an encrypted vault.
 //!
 //! A frame is made from blocks as they were read, and taken apart again with every block compared
 //! with its fingerprint. Both need no I/O.
 
 use tracker::extent::{BLOCK_SIZE, Extent};
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
 use super::codec::{CodecKind, Compressor, decompress};
-use super::format::{Directory, ExtentEntry, FrameEntry};
+use super::format::{Directory, ExtentEntry, Frame};
+use super::seal::{Current, SegmentSeal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::keys::{Check, Fingerprint, Keys};
 
@@ -30,8 +34,12 @@ pub struct EncodedFrame {
     pub stored: Vec<u8>,
     /// How they are stored, as a number of [`CodecKind`].
     pub codec: u8,
-    /// Check of the stored bytes.
+    /// Its number in its segment.
+    pub number: u32,
+    /// Check of the stored bytes, or their tag.
     pub check: Check,
+    /// The segment that it was made for; `None`: no block has data, any segment may take it.
+    pub seal: Option<Arc<SegmentSeal>>,
 }
 
 /// Collects the blocks of one batch that have to be kept.
@@ -77,49 +85,65 @@ impl FrameBuilder {
         }
     }
 
-    /// Compresses what was added, and starts anew.
+    /// Compresses what was added, makes it a frame of the current segment, and starts anew.
     ///
     /// # Errors
     ///
-    /// The compressor fails.
-    pub fn finish(&mut self, compressor: &mut Compressor, keys: &Keys) -> Result<EncodedFrame> {
-        let (codec, stored) = if self.raw.is_empty() {
-            (CodecKind::None, Vec::new())
-        } else {
-            let (codec, stored) = compressor
-                .compress(&self.raw)
-                .map_err(|error| Error::io("Cannot compress a frame", error))?;
-            (codec, stored.into_owned())
-        };
-        self.raw.clear();
-        Ok(EncodedFrame {
+    /// The compressor or the cipher fails.
+    pub fn finish(
+        &mut self,
+        compressor: &mut Compressor,
+        current: &Current,
+    ) -> Result<EncodedFrame> {
+        let mut frame = EncodedFrame {
             runs: std::mem::take(&mut self.runs),
             fingerprints: std::mem::take(&mut self.fingerprints),
-            check: keys.check(&[&stored]),
-            stored,
-            codec: codec as u8,
-        })
+            ..EncodedFrame::default()
+        };
+        if self.raw.is_empty() {
+            return Ok(frame);
+        }
+        let (codec, stored) = compressor
+            .compress(&self.raw)
+            .map_err(|error| Error::io("Cannot compress a frame", error))?;
+        frame.stored = stored.into_owned();
+        frame.codec = codec as u8;
+        self.raw.clear();
+        let seal = current.get();
+        let block_count = frame.fingerprints.len() as u16;
+        (frame.number, frame.check) =
+            seal.seal_frame(frame.codec, block_count, &mut frame.stored)?;
+        frame.seal = Some(seal);
+        Ok(frame)
     }
 }
 
-/// Brings back the blocks of a frame.
+/// Brings back the blocks of a frame of a segment.
 ///
 /// # Errors
 ///
-/// The stored bytes contradict their check, or do not hold as many blocks as the entry says: in
+/// The stored bytes contradict their check or tag, or do not hold as many blocks as the directory says: in
 /// words that follow the object's name.
 pub fn decode_frame(
-    entry: &FrameEntry,
+    directory: &Directory,
+    frame: &Frame,
     stored: &[u8],
     keys: &Keys,
 ) -> std::result::Result<Vec<u8>, String> {
-    let offset = entry.offset.get();
-    if entry.check != keys.check(&[stored]) {
-        return Err(format!("the frame at offset {offset} is damaged"));
-    }
-    let raw_bytes = usize::from(entry.block_count.get()) * BLOCK_SIZE as usize;
-    CodecKind::from_number(entry.codec)
-        .and_then(|codec| decompress(codec, stored, raw_bytes))
+    let offset = frame.offset;
+    let damaged = || format!("the frame at offset {offset} is damaged");
+    let packed = match directory.key() {
+        None if frame.check != keys.check(&[stored]) => return Err(damaged()),
+        None => Cow::Borrowed(stored),
+        Some(key) => {
+            let mut opened = stored.to_vec();
+            key.open_frame(frame, &mut opened).ok_or_else(damaged)?;
+            Cow::Owned(opened)
+        }
+    };
+    let raw_bytes = usize::from(frame.block_count) * BLOCK_SIZE as usize;
+    CodecKind::from_number(frame.codec)
+        .and_then(|codec| decompress(codec, &packed, raw_bytes))
         .ok_or_else(|| format!("the frame at offset {offset} cannot be decompressed"))
 }
 

@@ -6,10 +6,16 @@ pub mod format;
 
 pub mod reference;
 
+pub mod seal;
+
+pub mod sealed;
+
 pub mod codec;
 
 pub mod frame;
 
 pub mod writer;
+
+pub mod roll;
 
 pub mod reader;

@@ -8,16 +8,24 @@ use zerocopy::IntoBytes;
 
 use tracker::extent::BLOCK_SIZE;
 
-use super::format::{Directory, FOOTER_BYTES, Footer, HEADER_BYTES, Header};
+use super::format::{Directory, Footer, HEADER_BYTES, Header, Version};
 use super::frame::damaged;
+use super::seal::Owner;
+use super::sealed;
 use crate::error::{Error, Result};
-use crate::keys::Keys;
 use crate::segment::reference::SegmentRef;
 use crate::store::Store;
 
 /// Largest directory that is read, in bytes: several times what a segment of the target size can
 /// have, so that no manifest makes this program ask for more memory than there is.
 pub const DIRECTORY_BYTES_MAX: u64 = 256 << 20;
+
+/// Bytes of directory and footer of a segment.
+pub fn tail_bytes(segment: &SegmentRef, owner: &Owner) -> u64 {
+    segment
+        .directory_bytes
+        .saturating_add(owner.footer_bytes() as u64)
+}
 
 /// The directory of a segment in a store, by one ranged read.
 ///
@@ -28,24 +36,10 @@ pub fn read_directory(
     store: &dyn Store,
     key: &str,
     segment: &SegmentRef,
-    keys: &Keys,
+    owner: &Owner,
 ) -> Result<Directory> {
-    read_tail(store, key, segment, keys).map(|(directory, _)| directory)
-}
-
-/// The directory and footer of a segment in a store, by one ranged read.
-///
-/// # Errors
-///
-/// As for [`read_directory`].
-pub fn read_tail(
-    store: &dyn Store,
-    key: &str,
-    segment: &SegmentRef,
-    keys: &Keys,
-) -> Result<(Directory, Footer)> {
-    let tail = store.read(key, Some(tail_start(key, segment)?..segment.bytes))?;
-    decode(&tail, key, segment, keys)
+    let tail = store.read(key, Some(tail_start(key, segment, owner)?..segment.bytes))?;
+    decode_tail(&tail, key, segment, owner)
 }
 
 /// The directory of a segment in a file.
@@ -53,17 +47,17 @@ pub fn read_tail(
 /// # Errors
 ///
 /// As for [`read_directory`].
-pub fn read_directory_file(path: &Path, segment: &SegmentRef, keys: &Keys) -> Result<Directory> {
+pub fn read_directory_file(path: &Path, segment: &SegmentRef, owner: &Owner) -> Result<Directory> {
     let key = path.display().to_string();
-    let start = tail_start(&key, segment)?;
+    let start = tail_start(&key, segment, owner)?;
     let mut tail = vec![0; (segment.bytes - start) as usize];
     File::open(path)
         .and_then(|file| file.read_exact_at(&mut tail, start))
         .map_err(|error| Error::io(format!("Cannot read segment {key}"), error))?;
-    decode_tail(&tail, &key, segment, keys)
+    decode_tail(&tail, &key, segment, owner)
 }
 
-fn tail_start(key: &str, segment: &SegmentRef) -> Result<u64> {
+fn tail_start(key: &str, segment: &SegmentRef, owner: &Owner) -> Result<u64> {
     if segment.directory_bytes > DIRECTORY_BYTES_MAX {
         return Err(damaged(
             key,
@@ -71,10 +65,9 @@ fn tail_start(key: &str, segment: &SegmentRef) -> Result<u64> {
         ));
     }
     segment
-        .directory_bytes
-        .checked_add((FOOTER_BYTES + HEADER_BYTES) as u64)
-        .and_then(|needed| segment.bytes.checked_sub(needed))
-        .map(|start| start + HEADER_BYTES as u64)
+        .bytes
+        .checked_sub(tail_bytes(segment, owner))
+        .filter(|start| *start >= HEADER_BYTES as u64)
         .ok_or_else(|| damaged(key, "the manifest contradicts itself about its size"))
 }
 
@@ -83,33 +76,50 @@ fn tail_start(key: &str, segment: &SegmentRef) -> Result<u64> {
 /// # Errors
 ///
 /// It is damaged, or another one.
-pub fn decode_tail(tail: &[u8], key: &str, segment: &SegmentRef, keys: &Keys) -> Result<Directory> {
-    decode(tail, key, segment, keys).map(|(directory, _)| directory)
-}
-
-fn decode(
+pub fn decode_tail(
     tail: &[u8],
     key: &str,
     segment: &SegmentRef,
-    keys: &Keys,
-) -> Result<(Directory, Footer)> {
-    let (directory, footer) =
-        Directory::decode(tail, segment.bytes, keys).map_err(|what| damaged(key, &what))?;
-    if !is_named(&footer, segment) {
+    owner: &Owner,
+) -> Result<Directory> {
+    let directory = match owner.version() {
+        Version::First => decode_plain(tail, segment, owner),
+        Version::Second => sealed::decode(tail, segment, owner),
+    };
+    let directory = directory.map_err(|what| damaged(key, &what))?;
+    if directory.fingerprints.len() as u64 != segment.data_blocks
+        || directory.zero_blocks() != segment.zero_blocks
+    {
         return Err(damaged(
             key,
-            "it is not the segment that the manifest names",
+            "the manifest is wrong about how many blocks it has",
         ));
     }
     // Whoever reads a frame asks for memory by its size, so it has to be plausible.
-    let oversized = directory.frames.iter().find(|frame| {
-        u64::from(frame.stored_bytes.get()) > u64::from(frame.block_count.get()) * BLOCK_SIZE
-    });
+    let oversized = directory
+        .frames
+        .iter()
+        .find(|frame| u64::from(frame.stored_bytes) > u64::from(frame.block_count) * BLOCK_SIZE);
     if let Some(frame) = oversized {
-        let what = format!("the frame at offset {} is too large", frame.offset.get());
+        let what = format!("the frame at offset {} is too large", frame.offset);
         return Err(damaged(key, &what));
     }
-    Ok((directory, footer))
+    Ok(directory)
+}
+
+fn decode_plain(
+    tail: &[u8],
+    segment: &SegmentRef,
+    owner: &Owner,
+) -> std::result::Result<Directory, String> {
+    let (directory, footer) = Directory::decode(tail, segment.bytes, &owner.keys)?;
+    if !is_named(&footer, segment) {
+        return Err("it is not the segment that the manifest names".to_owned());
+    }
+    if footer.vault_id != owner.vault_id || footer.owner != owner.check {
+        return Err("it belongs to another disk, machine or vault".to_owned());
+    }
+    Ok(directory)
 }
 
 fn is_named(footer: &Footer, segment: &SegmentRef) -> bool {
@@ -121,13 +131,13 @@ fn is_named(footer: &Footer, segment: &SegmentRef) -> bool {
         && footer.number.get() == name.number
 }
 
-/// Whether an object begins like a segment of this version.
+/// Whether an object begins like a segment of this owner.
 ///
 /// # Errors
 ///
 /// It does not.
-pub fn check_header(object: &[u8], key: &str) -> Result<()> {
-    if object.get(..HEADER_BYTES) == Some(Header::current().as_bytes()) {
+pub fn check_header(object: &[u8], key: &str, owner: &Owner) -> Result<()> {
+    if object.get(..HEADER_BYTES) == Some(Header::of(owner.version()).as_bytes()) {
         return Ok(());
     }
     Err(damaged(

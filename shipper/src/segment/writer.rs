@@ -6,38 +6,33 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use zerocopy::{FromZeros, IntoBytes};
 
 use tracker::extent::Extent;
 
 use super::format::{
-    Directory, ExtentEntry, FOOTER_BYTES, FRAME_NONE, Footer, FrameEntry, HEADER_BYTES, Header,
-    SEGMENT_BYTES_TARGET, SegmentName,
+    Directory, ExtentEntry, FOOTER_BYTES, FRAME_NONE, Footer, Frame, FrameEntry, HEADER_BYTES,
+    Header, SEGMENT_BYTES_TARGET,
 };
 use super::frame::EncodedFrame;
-use crate::error::{Error, Result};
-use crate::keys::{Check, Keys};
+use super::seal::SegmentSeal;
+use super::sealed;
+use crate::error::{Error, ErrorKind, Result};
+use crate::keys::{Check, Fingerprint};
 use crate::segment::reference::SegmentRef;
 
-/// Whose blocks a segment holds.
-#[derive(Clone, Debug)]
-pub struct Owner {
-    /// Identity of the vault.
-    pub vault_id: [u8; 16],
-    /// Check of `MACHINE/DISK`.
-    pub check: Check,
-}
-
 /// A segment that is being written.
+#[derive(Debug)]
 pub struct SegmentWriter {
     path: PathBuf,
     file: BufWriter<File>,
-    name: SegmentName,
+    seal: Arc<SegmentSeal>,
     offset: u64,
-    frames: Vec<FrameEntry>,
+    frames: Vec<Frame>,
     extents: Vec<ExtentEntry>,
-    fingerprints: Vec<crate::keys::Fingerprint>,
+    fingerprints: Vec<Fingerprint>,
     zero_blocks: u64,
 }
 
@@ -47,15 +42,15 @@ impl SegmentWriter {
     /// # Errors
     ///
     /// The file cannot be made.
-    pub fn create(path: &Path, name: SegmentName) -> Result<Self> {
+    pub fn create(path: &Path, seal: Arc<SegmentSeal>) -> Result<Self> {
         let failed = |error| Error::io(format!("Cannot write segment {}", path.display()), error);
         let mut file = BufWriter::with_capacity(256 << 10, File::create(path).map_err(failed)?);
-        file.write_all(Header::current().as_bytes())
-            .map_err(failed)?;
+        let header = Header::of(seal.owner().version());
+        file.write_all(header.as_bytes()).map_err(failed)?;
         Ok(Self {
             path: path.to_owned(),
             file,
-            name,
+            seal,
             offset: HEADER_BYTES as u64,
             frames: Vec::new(),
             extents: Vec::new(),
@@ -69,6 +64,16 @@ impl SegmentWriter {
             format!("Cannot write segment {}", self.path.display()),
             error,
         )
+    }
+
+    /// Whether it is this segment.
+    pub fn is_of(&self, seal: &Arc<SegmentSeal>) -> bool {
+        Arc::ptr_eq(&self.seal, seal)
+    }
+
+    /// Whether nobody else can make frames for it.
+    pub fn is_left(&self) -> bool {
+        Arc::strong_count(&self.seal) == 1
     }
 
     /// Enough is in it.
@@ -85,23 +90,29 @@ impl SegmentWriter {
                 + FOOTER_BYTES) as u64
     }
 
-    /// Adds a frame, none of whose blocks was added before.
+    /// Adds a frame that was made for it, none of whose blocks was added before.
     ///
     /// # Errors
     ///
-    /// The file cannot be written.
+    /// `Invalid`: it was made for another segment, and could not be opened here. Other kinds: the file cannot be
+    /// written.
     pub fn append(&mut self, frame: &EncodedFrame) -> Result<()> {
+        if frame.seal.as_ref().is_some_and(|seal| !self.is_of(seal)) {
+            let shown = self.path.display();
+            let what = format!("A frame of another segment was to be added to {shown}");
+            return Err(Error::new(ErrorKind::Invalid, what));
+        }
         let index = self.frames.len() as u32;
         if !frame.stored.is_empty() {
             self.file
                 .write_all(&frame.stored)
                 .map_err(|error| self.failed(error))?;
-            self.frames.push(FrameEntry {
-                offset: self.offset.into(),
-                stored_bytes: (frame.stored.len() as u32).into(),
-                block_count: (frame.fingerprints.len() as u16).into(),
+            self.frames.push(Frame {
+                offset: self.offset,
+                stored_bytes: frame.stored.len() as u32,
+                block_count: frame.fingerprints.len() as u16,
                 codec: frame.codec,
-                reserved: 0,
+                number: frame.number,
                 check: frame.check,
             });
             self.offset += frame.stored.len() as u64;
@@ -154,7 +165,7 @@ impl SegmentWriter {
     /// # Errors
     ///
     /// The file cannot be written or synced.
-    pub fn finish(mut self, owner: &Owner, keys: &Keys) -> Result<(SegmentRef, Directory)> {
+    pub fn finish(mut self) -> Result<(SegmentRef, Directory)> {
         // What is captured first need not lie in front.
         self.extents.sort_by_key(|entry| entry.first_block.get());
         let directory = Directory::new(
@@ -162,37 +173,53 @@ impl SegmentWriter {
             std::mem::take(&mut self.extents),
             std::mem::take(&mut self.fingerprints),
         );
-        let bytes = directory.encode();
+        let (directory, tail, check) = match self.seal.key() {
+            Some((salt, key)) => {
+                let (tail, tag) = sealed::encode(&directory, self.offset, salt, key)?;
+                (directory.with_key(Arc::clone(key)), tail, tag)
+            }
+            None => {
+                let (tail, check) = self.plain_tail(&directory);
+                (directory, tail, check)
+            }
+        };
+        let written = self
+            .file
+            .write_all(&tail)
+            .and_then(|()| self.file.flush())
+            .and_then(|()| self.file.get_ref().sync_all());
+        written.map_err(|error| self.failed(error))?;
+        let segment = SegmentRef {
+            name: self.seal.name().into(),
+            bytes: self.offset + tail.len() as u64,
+            directory_bytes: (tail.len() - self.seal.owner().footer_bytes()) as u64,
+            check: check.into(),
+            data_blocks: directory.fingerprints.len() as u64,
+            zero_blocks: self.zero_blocks,
+        };
+        Ok((segment, directory))
+    }
+
+    /// Directory and footer of a segment that is not sealed, and the check.
+    fn plain_tail(&self, directory: &Directory) -> (Vec<u8>, Check) {
+        let (name, owner) = (self.seal.name(), self.seal.owner());
+        let mut bytes = directory.encode();
         let mut footer = Footer::new_zeroed();
         footer.vault_id = owner.vault_id;
         footer.owner = owner.check;
-        footer.generation = self.name.generation.into();
-        footer.first_epoch = self.name.first_epoch.0.into();
-        footer.last_epoch = self.name.last_epoch.0.into();
-        footer.number = self.name.number.into();
+        footer.generation = name.generation.into();
+        footer.first_epoch = name.first_epoch.0.into();
+        footer.last_epoch = name.last_epoch.0.into();
+        footer.number = name.number.into();
         footer.directory_offset = self.offset.into();
         footer.directory_bytes = (bytes.len() as u64).into();
         footer.frame_count = (directory.frames.len() as u32).into();
         footer.extent_count = (directory.extents.len() as u32).into();
         footer.data_blocks = (directory.fingerprints.len() as u64).into();
         footer.zero_blocks = self.zero_blocks.into();
-        footer.directory_check = keys.check(&[&bytes]);
-        footer.seal(keys);
-        let written = self
-            .file
-            .write_all(&bytes)
-            .and_then(|()| self.file.write_all(footer.as_bytes()))
-            .and_then(|()| self.file.flush())
-            .and_then(|()| self.file.get_ref().sync_all());
-        written.map_err(|error| self.failed(error))?;
-        let segment = SegmentRef {
-            name: self.name.into(),
-            bytes: self.offset + (bytes.len() + FOOTER_BYTES) as u64,
-            directory_bytes: bytes.len() as u64,
-            check: footer.check.into(),
-            data_blocks: directory.fingerprints.len() as u64,
-            zero_blocks: self.zero_blocks,
-        };
-        Ok((segment, directory))
+        footer.directory_check = owner.keys.check(&[&bytes]);
+        footer.seal(&owner.keys);
+        bytes.extend_from_slice(footer.as_bytes());
+        (bytes, footer.check)
     }
 }

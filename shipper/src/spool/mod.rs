@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::keys::Keys;
 use crate::segment::reference::SegmentRef;
 use crate::segment::reference::segment_name;
-use crate::vault::manifest::Manifest;
+use crate::vault::manifest::{Manifest, PointId};
 use files::{failed, make_folder, sync_folder};
 
 const MANIFEST_FILE: &str = "manifest";
@@ -137,23 +137,15 @@ impl Spool {
     /// # Errors
     ///
     /// It cannot be read, or is damaged.
-    pub fn manifest(&self, epoch: Epoch, keys: &Keys) -> Result<(Manifest, Vec<u8>)> {
-        let path = self.folder(epoch).join(MANIFEST_FILE);
+    pub fn manifest(&self, id: &PointId, keys: &Keys) -> Result<(Manifest, Vec<u8>)> {
+        let path = self.folder(id.epoch).join(MANIFEST_FILE);
         let bytes = fs::read(&path).map_err(|error| failed("read", &path, error))?;
-        let manifest = Manifest::decode(&bytes, keys)
-            .and_then(|manifest| {
-                if manifest.epoch == epoch {
-                    Ok(manifest)
-                } else {
-                    Err(format!("it is of epoch {}", manifest.epoch))
-                }
-            })
-            .map_err(|what| {
-                Error::new(
-                    ErrorKind::Corrupt,
-                    format!("Manifest {} of the spool: {what}", path.display()),
-                )
-            })?;
+        let manifest = Manifest::decode(&bytes, keys, id).map_err(|what| {
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("Manifest {} of the spool: {what}", path.display()),
+            )
+        })?;
         Ok((manifest, bytes))
     }
 

@@ -450,7 +450,7 @@ impl Table {
 mod tests {
     use super::*;
     use crate::segment::codec::CodecKind;
-    use crate::segment::format::{ExtentEntry, FRAME_NONE, FrameEntry};
+    use crate::segment::format::{ExtentEntry, FRAME_NONE, Frame};
     use proptest::prelude::*;
     use std::collections::HashMap;
 
@@ -475,12 +475,12 @@ mod tests {
                 reserved: 0.into(),
             });
             if let Some(tag) = tag {
-                frames.push(FrameEntry {
-                    offset: 0.into(),
-                    stored_bytes: 1.into(),
-                    block_count: (block_count as u16).into(),
+                frames.push(Frame {
+                    offset: 0,
+                    stored_bytes: 1,
+                    block_count: block_count as u16,
                     codec: CodecKind::None as u8,
-                    reserved: 0,
+                    number: 0,
                     check: [0; 16],
                 });
                 let blocks = first_block..first_block + u64::from(block_count);

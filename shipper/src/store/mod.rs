@@ -3,17 +3,35 @@
 //! Everything that the shipper asks of a store is here, blocking and without a notion of time or
 //! of listing order. The asynchronous world behind it does not leave this module.
 
+pub mod cloud;
+
+pub mod counted;
+
+mod failure;
+
+mod folder;
+
+mod http;
+
 mod object;
+
+mod probe;
+
+mod profile;
+
+mod url;
 
 use std::fmt::Debug;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
+use counted::Counters;
 
 pub use object::ObjectStoreBacked;
+pub use url::{Bucket, Service, VaultUrl};
 
 /// How a create-if-absent ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,10 +53,23 @@ pub struct Listed {
 
 /// What the shipper needs of a place for objects. Keys are relative to the root of the vault.
 ///
-/// Errors name the object. Those of kind `Io`, `Unavailable` and `Full` may pass by themselves.
+/// Errors name the object. Those of kind `Io`, `Unavailable` and `Full` may pass by themselves;
+/// those of kind `Denied` pass when somebody sees to the credentials.
 pub trait Store: Send + Sync + Debug {
     /// Stores an object unless one of this key exists. Durable when it returns.
+    ///
+    /// # Errors
+    ///
+    /// After one that may pass, the object may have been stored all the same: who tries again and
+    /// meets an object has to look whether it is the same.
     fn create(&self, key: &str, content: Bytes) -> Result<Created>;
+
+    /// Stores an object in place of the one of this key, if there is one. A reader finds the old or
+    /// the new content, never a part. Durable when it returns.
+    fn replace(&self, key: &str, content: Bytes) -> Result<()>;
+
+    /// Removes an object; `false` if there was none. Durable when it returns.
+    fn delete(&self, key: &str) -> Result<bool>;
 
     /// Reads a whole object, or a range of bytes that must lie inside it.
     ///
@@ -52,113 +83,49 @@ pub trait Store: Send + Sync + Debug {
 
     /// All objects below a prefix, sorted by key.
     fn list(&self, prefix: &str) -> Result<Vec<Listed>>;
-}
 
-/// A checked address of a vault.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum VaultUrl {
-    /// `file:///FOLDER`.
-    Folder(PathBuf),
-}
-
-impl VaultUrl {
-    /// Reads an address.
-    ///
-    /// # Errors
-    ///
-    /// Not an address, of a store that is not offered, or without an absolute path.
-    pub fn parse(text: &str) -> Result<Self> {
-        let invalid = |why: String| Err(Error::new(ErrorKind::Invalid, why));
-        let Some((scheme, rest)) = text.split_once("://") else {
-            return invalid(format!(
-                "Vault address {text:?} lacks a scheme: use file:///FOLDER"
-            ));
-        };
-        if scheme != "file" {
-            return invalid(format!(
-                "Vault address {text:?}: stores of kind {scheme:?} are not offered, use file:///FOLDER"
-            ));
-        }
-        let path = PathBuf::from(rest);
-        if !path.is_absolute() || path.components().count() < 2 {
-            return invalid(format!(
-                "Vault address {text:?} lacks an absolute path: use file:///FOLDER"
-            ));
-        }
-        Ok(Self::Folder(path))
-    }
-
-    /// Opens the store that exists there.
-    ///
-    /// # Errors
-    ///
-    /// `Missing`: the folder does not exist; it is not made by the way, since a file system may
-    /// just not be mounted.
-    pub fn open(&self) -> Result<ObjectStoreBacked> {
-        match self {
-            Self::Folder(folder) => ObjectStoreBacked::folder(folder),
-        }
-    }
-
-    /// Makes the place for a new vault, as far as this kind of store needs it, and opens it.
-    ///
-    /// # Errors
-    ///
-    /// The folder cannot be made.
-    pub fn prepare(&self) -> Result<ObjectStoreBacked> {
-        match self {
-            Self::Folder(folder) => {
-                std::fs::create_dir_all(folder).map_err(|error| {
-                    let shown = folder.display();
-                    Error::io(format!("Cannot make the folder {shown} for a vault"), error)
-                })?;
-                self.open()
-            }
-        }
+    /// What its requests are counted by, if they are.
+    fn counters(&self) -> Option<Arc<Counters>> {
+        None
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
-    fn addresses_are_checked() {
-        assert_eq!(
-            VaultUrl::parse("file:///a/b").unwrap(),
-            VaultUrl::Folder("/a/b".into())
-        );
-        for (text, word) in [
-            ("nonsense", "nonsense"),
-            ("ftp://x/y", "ftp"),
-            ("file://relative/path", "relative"),
-            ("file:///", "file:///"),
-        ] {
-            let error = VaultUrl::parse(text).unwrap_err();
-            assert!(error.to_string().contains(word), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_folder_keeps_what_it_is_given() {
+    fn a_folder_is_not_made_by_the_way() {
         let root = tempfile::tempdir().unwrap();
         let url = VaultUrl::Folder(root.path().join("vault"));
         assert_eq!(url.open().unwrap_err().kind(), ErrorKind::Missing);
         let store = url.prepare().unwrap();
+        // The trial of creates leaves nothing behind.
+        let left: Vec<_> = root.path().join("vault").read_dir().unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+        drop(store);
+        let file = root.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let error = VaultUrl::Folder(file).open().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+    }
+
+    #[test]
+    fn what_a_folder_is_asked_is_counted() {
+        let root = tempfile::tempdir().unwrap();
+        let store = VaultUrl::Folder(root.path().to_owned()).open().unwrap();
         let content = Bytes::from_static(b"0123456789");
-        assert_eq!(store.create("a/b", content.clone()).unwrap(), Created::New);
-        let other = Bytes::from_static(b"other");
-        assert_eq!(store.create("a/b", other).unwrap(), Created::Exists);
-        assert_eq!(store.read("a/b", None).unwrap(), content);
-        assert_eq!(store.read("a/b", Some(2..5)).unwrap(), &content[2..5]);
-        assert_eq!(store.size("a/b").unwrap(), Some(10));
-        assert_eq!(store.size("a/c").unwrap(), None);
-        let missing = store.read("a/c", None).unwrap_err();
-        assert_eq!(missing.kind(), ErrorKind::Missing);
-        let short = store.read("a/b", Some(5..11)).unwrap_err();
-        assert_eq!(short.kind(), ErrorKind::Corrupt);
-        let listed = store.list("a").unwrap();
-        assert_eq!(listed.len(), 1);
-        assert_eq!((listed[0].key.as_str(), listed[0].size_bytes), ("a/b", 10));
+        store.create("a/b", content.clone()).unwrap();
+        store.replace("a/b", content).unwrap();
+        store.read("a/b", Some(2..5)).unwrap();
+        store.size("a/b").unwrap();
+        store.list("a").unwrap();
+        store.delete("a/b").unwrap();
+        let sums = store.counters().unwrap().sums();
+        assert_eq!((sums.put.requests, sums.put.bytes), (2, 20));
+        assert_eq!((sums.get.requests, sums.get.bytes), (1, 3));
+        let others = [sums.head, sums.list, sums.delete, sums.credentials];
+        assert_eq!(others.map(|sum| sum.requests), [1, 1, 1, 0]);
     }
 }

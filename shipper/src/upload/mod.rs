@@ -32,7 +32,7 @@ use crate::spool::{Spool, segment_file};
 use crate::status::{Board, Part};
 use crate::store::Created;
 use crate::vault::manifest::Manifest;
-use crate::vault::{Vault, generation, layout};
+use crate::vault::{Vault, generation};
 use retry::{Stop, until_done};
 
 /// Threads that put segments; each holds one segment in memory.
@@ -126,6 +126,7 @@ impl Drop for Uploader {
 /// A segment on its way.
 struct Put {
     key: String,
+    disk: String,
     path: PathBuf,
     segment: SegmentRef,
     /// Remove the file when the segment is stored.
@@ -208,9 +209,10 @@ impl Pool {
         if !path.exists() {
             return Ok(());
         }
-        let key = layout::segment_key(&context.machine, disk, segment);
+        let key = context.vault.segment_key(&context.machine, disk, segment);
         self.put(Put {
             key,
+            disk: disk.to_owned(),
             path,
             segment: segment.clone(),
             remove: true,
@@ -232,15 +234,19 @@ fn persist<T>(context: &Context, attempt: impl FnMut() -> Result<T>) -> Result<T
 
 fn publish(context: &Context, epoch: Epoch, pool: &mut Pool) -> Result<()> {
     check_generation(context)?;
-    let (manifest, bytes) = context.spool.manifest(epoch, context.vault.keys())?;
+    let id = context.vault.point_id(&context.machine, epoch);
+    let (manifest, bytes) = context.spool.manifest(&id, context.vault.keys())?;
     for disk in &manifest.disks {
         for segment in &disk.segments {
             pool.copied(context, &disk.name, segment)?;
             let path = context.spool.segment(epoch, &disk.name, segment);
             if path.exists() {
-                let key = layout::segment_key(&context.machine, &disk.name, segment);
+                let key = context
+                    .vault
+                    .segment_key(&context.machine, &disk.name, segment);
                 pool.put(Put {
                     key,
+                    disk: disk.name.clone(),
                     path,
                     segment: segment.clone(),
                     remove: false,
@@ -254,7 +260,7 @@ fn publish(context: &Context, epoch: Epoch, pool: &mut Pool) -> Result<()> {
 }
 
 fn put_manifest(context: &Context, manifest: &Manifest, bytes: &[u8]) -> Result<()> {
-    let key = layout::manifest_key(&context.machine, manifest.epoch);
+    let key = context.vault.manifest_key(&context.machine, manifest.epoch);
     let store = context.vault.store();
     match store.create(&key, Bytes::copy_from_slice(bytes))? {
         Created::New => Ok(()),
@@ -299,9 +305,12 @@ fn put_segment(context: &Context, put: &Put) -> Result<()> {
     match store.create(&put.key, content)? {
         Created::New => Ok(()),
         // Only the same segment leads to the same check.
-        Created::Exists => read_directory(store, &put.key, &put.segment, context.vault.keys())
-            .map(drop)
-            .map_err(vanished),
+        Created::Exists => {
+            let owner = context.vault.owner(&context.machine, &put.disk);
+            read_directory(store, &put.key, &put.segment, &owner)
+                .map(drop)
+                .map_err(vanished)
+        }
     }
 }
 

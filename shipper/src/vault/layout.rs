@@ -1,4 +1,7 @@
 //! Names of the objects of a vault. Pure.
+//!
+//! What stands here for a machine or disk is its name in a plain vault, and a hash of it in an encrypted one:
+//! [`super::Vault`] knows which.
 
 use tracker::extent::Epoch;
 
@@ -6,6 +9,14 @@ use crate::segment::reference::{SegmentRef, number, segment_name};
 
 /// What the vault says of itself.
 pub const VAULT_KEY: &str = "vault.json";
+
+/// Where all machines are.
+pub const MACHINES_PREFIX: &str = "machines";
+
+/// A key table of an encrypted vault.
+pub fn key_table_key(number: u64) -> String {
+    format!("keys/{number}")
+}
 
 /// Longest name of a machine or disk in bytes.
 const NAME_BYTES_MAX: usize = 63;
@@ -27,7 +38,7 @@ pub fn generation_key(machine: &str, generation: u64) -> String {
 
 /// Where the claims of a machine are.
 pub fn generations_prefix(machine: &str) -> String {
-    format!("machines/{machine}/generation")
+    format!("{MACHINES_PREFIX}/{machine}/generation")
 }
 
 /// The generation that a key claims.
@@ -37,7 +48,7 @@ pub fn generation_of(key: &str) -> Option<u64> {
 
 /// Where the manifests of a machine are.
 pub fn points_prefix(machine: &str) -> String {
-    format!("machines/{machine}/points")
+    format!("{MACHINES_PREFIX}/{machine}/points")
 }
 
 /// The manifest of a recovery point.
@@ -54,7 +65,7 @@ pub fn point_of(key: &str) -> Option<Epoch> {
 /// A segment of a disk.
 pub fn segment_key(machine: &str, disk: &str, segment: &SegmentRef) -> String {
     let name = segment_name(&segment.name.0);
-    format!("machines/{machine}/disks/{disk}/segments/{name}.segment")
+    format!("{MACHINES_PREFIX}/{machine}/disks/{disk}/segments/{name}.segment")
 }
 
 #[cfg(test)]

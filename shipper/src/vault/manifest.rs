@@ -1,7 +1,7 @@
 //! Manifests: one for each recovery point, complete in itself.
 //!
-//! The bytes are a header of 48 bytes and a compressed JSON document; `docs/vault-format.md` is the
-//! specification. A manifest lists all segments of each disk, oldest first: a block is what the
+//! The bytes are a header of 48 bytes and a compressed JSON document, or in an encrypted vault the same
+//! document, sealed; `docs/vault-format.md` is the specification. A manifest lists all segments of each disk, oldest first: a block is what the
 //! last segment says that has it, and zero if none has.
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use tracker::extent::{BLOCK_SIZE, Epoch};
 
+use crate::keys::derive::Sealing;
+use crate::keys::envelope::Envelope;
 use crate::keys::{Check, Keys};
 use crate::segment::reference::SegmentRef;
 
@@ -28,6 +30,8 @@ pub enum Version {
     First = 1,
     /// The document may have `consistency` and `reason`. Written only where it has.
     Second = 2,
+    /// Sealed; in encrypted vaults.
+    Third = 3,
 }
 
 /// Head of a manifest.
@@ -140,15 +144,36 @@ pub struct PointId {
     pub epoch: Epoch,
 }
 
+fn identity(sealing: &Sealing, machine: &str, epoch: Epoch) -> String {
+    sealing.identity("manifest", &[machine, &epoch.to_string()])
+}
+
+fn envelope<'a>(sealing: &'a Sealing, identity: &'a str) -> Envelope<'a> {
+    Envelope {
+        magic: MAGIC,
+        version: Version::Third as u32,
+        cipher: sealing.cipher(),
+        material: &sealing.manifests,
+        identity,
+    }
+}
+
 impl Manifest {
     /// The bytes of the object.
     ///
     /// # Errors
     ///
-    /// The document cannot be written or compressed.
+    /// The document cannot be written, compressed or sealed.
     pub fn encode(&self, keys: &Keys) -> std::io::Result<Vec<u8>> {
         let document = serde_json::to_vec(self)?;
         let stored = zstd::bulk::compress(&document, ZSTD_LEVEL)?;
+        if let Some(sealing) = keys.sealing() {
+            let identity = identity(sealing, &self.machine, self.epoch);
+            let mut text = (document.len() as u64).to_le_bytes().to_vec();
+            text.extend_from_slice(&stored);
+            let sealed = envelope(sealing, &identity).seal(&text);
+            return sealed.map_err(std::io::Error::other);
+        }
         let mut header = Header {
             magic: MAGIC,
             version: (self.version() as u32).into(),
@@ -163,12 +188,39 @@ impl Manifest {
         Ok(bytes)
     }
 
-    /// Reads and checks the bytes of an object.
+    /// Reads and checks the bytes of an object that is to be the manifest of this recovery point.
     ///
     /// # Errors
     ///
     /// What is wrong, in words that follow the object's name.
-    pub fn decode(bytes: &[u8], keys: &Keys) -> Result<Self, String> {
+    pub fn decode(bytes: &[u8], keys: &Keys, id: &PointId) -> Result<Self, String> {
+        let manifest = match keys.sealing() {
+            None => Self::decode_plain(bytes, keys)?,
+            Some(sealing) => Self::decode_sealed(bytes, sealing, id)?,
+        };
+        manifest.validate()?;
+        manifest.expect(id)?;
+        Ok(manifest)
+    }
+
+    fn decode_sealed(bytes: &[u8], sealing: &Sealing, id: &PointId) -> Result<Self, String> {
+        let identity = identity(sealing, &id.machine, id.epoch);
+        let text = envelope(sealing, &identity).open(bytes)?;
+        let (size, stored) = text.split_first_chunk().ok_or("it is cut short")?;
+        Self::decode_document(stored, u64::from_le_bytes(*size))
+    }
+
+    fn decode_document(stored: &[u8], document_bytes: u64) -> Result<Self, String> {
+        if document_bytes > DOCUMENT_BYTES_MAX {
+            return Err("its header contradicts its size".to_owned());
+        }
+        let document = zstd::bulk::decompress(stored, document_bytes as usize)
+            .map_err(|error| format!("it cannot be decompressed: {error}"))?;
+        serde_json::from_slice(&document)
+            .map_err(|error| format!("its document is malformed: {error}"))
+    }
+
+    fn decode_plain(bytes: &[u8], keys: &Keys) -> Result<Self, String> {
         let (header, stored) =
             Header::read_from_prefix(bytes).map_err(|_| "it is cut short".to_owned())?;
         if header.magic != MAGIC {
@@ -185,24 +237,19 @@ impl Manifest {
                 "it has version {version}, which this program does not know: use a newer one"
             ));
         }
-        let document_bytes = header.document_bytes.get();
-        if header.stored_bytes.get() != stored.len() as u64 || document_bytes > DOCUMENT_BYTES_MAX {
+        if header.stored_bytes.get() != stored.len() as u64 {
             return Err("its header contradicts its size".to_owned());
         }
-        let document = zstd::bulk::decompress(stored, document_bytes as usize)
-            .map_err(|error| format!("it cannot be decompressed: {error}"))?;
-        let manifest: Self = serde_json::from_slice(&document)
-            .map_err(|error| format!("its document is malformed: {error}"))?;
+        let manifest = Self::decode_document(stored, header.document_bytes.get())?;
         if manifest.version() as u32 > version {
             return Err(format!(
                 "its document has fields that version {version} lacks"
             ));
         }
-        manifest.validate()?;
         Ok(manifest)
     }
 
-    /// The lowest version that can say all of it.
+    /// The lowest version of a plain vault that can say all of it.
     fn version(&self) -> Version {
         match self.consistency.is_crash() && self.reason.is_none() {
             true => Version::First,
@@ -234,11 +281,7 @@ impl Manifest {
     }
 
     /// Whether it is of this recovery point, and not of another one under its name.
-    ///
-    /// # Errors
-    ///
-    /// What it is of, in words that follow the object's name.
-    pub fn expect(&self, id: &PointId) -> Result<(), String> {
+    fn expect(&self, id: &PointId) -> Result<(), String> {
         if self.vault == id.vault && self.machine == id.machine && self.epoch == id.epoch {
             return Ok(());
         }
@@ -294,6 +337,50 @@ mod tests {
         }
     }
 
+    fn id() -> PointId {
+        PointId {
+            vault: "00".repeat(16),
+            machine: "m".into(),
+            epoch: Epoch(3),
+        }
+    }
+
+    fn sealing(byte: u8, vault: u8) -> Keys {
+        let root = crate::keys::secret::Secret::copy_of(&[byte; 32]);
+        let cipher = crate::keys::aead::Cipher::preferred();
+        Keys::derive_sealing(&root, [vault; 16], cipher).unwrap()
+    }
+
+    #[test]
+    fn a_sealed_manifest_is_of_its_vault_machine_and_point() {
+        let (manifest, keys) = (example(), sealing(1, 0));
+        let bytes = manifest.encode(&keys).unwrap();
+        assert_eq!(version_of(&bytes), 3);
+        assert_eq!(Manifest::decode(&bytes, &keys, &id()).unwrap(), manifest);
+        for wrong in [
+            PointId {
+                machine: "n".into(),
+                ..id()
+            },
+            PointId {
+                epoch: Epoch(4),
+                ..id()
+            },
+            PointId {
+                vault: "01".repeat(16),
+                ..id()
+            },
+        ] {
+            assert!(Manifest::decode(&bytes, &keys, &wrong).is_err());
+        }
+        for other in [sealing(2, 0), sealing(1, 1), self::keys()] {
+            assert!(Manifest::decode(&bytes, &other, &id()).is_err());
+        }
+        // A plain one is none in an encrypted vault, whoever made it.
+        let plain = manifest.encode(&self::keys()).unwrap();
+        assert!(Manifest::decode(&plain, &keys, &id()).is_err());
+    }
+
     fn keys() -> Keys {
         Keys::derive(&[3; 32])
     }
@@ -302,8 +389,8 @@ mod tests {
     fn a_manifest_survives() {
         let manifest = example();
         let bytes = manifest.encode(&keys()).unwrap();
-        assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
-        assert!(Manifest::decode(&bytes, &Keys::derive(&[4; 32])).is_err());
+        assert_eq!(Manifest::decode(&bytes, &keys(), &id()).unwrap(), manifest);
+        assert!(Manifest::decode(&bytes, &Keys::derive(&[4; 32]), &id()).is_err());
     }
 
     fn version_of(bytes: &[u8]) -> u32 {
@@ -317,18 +404,18 @@ mod tests {
         manifest.consistency = Consistency::Application;
         let bytes = manifest.encode(&keys()).unwrap();
         assert_eq!(version_of(&bytes), 2);
-        assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
+        assert_eq!(Manifest::decode(&bytes, &keys(), &id()).unwrap(), manifest);
         manifest.consistency = Consistency::Crash;
         manifest.reason = Some("the guest agent does not answer".to_owned());
         let bytes = manifest.encode(&keys()).unwrap();
         assert_eq!(version_of(&bytes), 2);
-        assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
+        assert_eq!(Manifest::decode(&bytes, &keys(), &id()).unwrap(), manifest);
         // The same document under the number of the version that does not have these fields.
         let mut old = bytes;
         old[8] = 1;
         let check = keys().check(&[&old[..CHECKED_BYTES], &old[HEADER_BYTES..]]);
         old[CHECKED_BYTES..HEADER_BYTES].copy_from_slice(&check);
-        let error = Manifest::decode(&old, &keys()).unwrap_err();
+        let error = Manifest::decode(&old, &keys(), &id()).unwrap_err();
         assert!(error.contains("version 1 lacks"), "{error}");
     }
 
@@ -345,18 +432,14 @@ mod tests {
             manifest.consistency = consistency;
             manifest.reason = Some(reason.to_owned());
             let bytes = manifest.encode(&keys()).unwrap();
-            let error = Manifest::decode(&bytes, &keys()).unwrap_err();
+            let error = Manifest::decode(&bytes, &keys(), &id()).unwrap_err();
             assert!(error.contains("reason"), "{error}");
         }
     }
 
     #[test]
     fn another_points_manifest_is_refused() {
-        let mut id = PointId {
-            vault: "00".repeat(16),
-            machine: "m".into(),
-            epoch: Epoch(3),
-        };
+        let mut id = id();
         assert!(example().expect(&id).is_ok());
         id.epoch = Epoch(4);
         assert!(example().expect(&id).is_err());
@@ -370,7 +453,7 @@ mod tests {
             prop_assert!(short.len() <= REASON_BYTES_MAX);
             manifest.reason = Some(short);
             let bytes = manifest.encode(&keys()).unwrap();
-            prop_assert_eq!(Manifest::decode(&bytes, &keys()).unwrap(), manifest);
+            prop_assert_eq!(Manifest::decode(&bytes, &keys(), &id()).unwrap(), manifest);
         }
 
         #[test]
@@ -378,12 +461,12 @@ mod tests {
             let mut bytes = example().encode(&keys()).unwrap();
             let at = at.index(bytes.len());
             bytes[at] ^= change;
-            prop_assert!(Manifest::decode(&bytes, &keys()).is_err());
+            prop_assert!(Manifest::decode(&bytes, &keys(), &id()).is_err());
         }
 
         #[test]
         fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            prop_assert!(Manifest::decode(&bytes, &keys()).is_err());
+            prop_assert!(Manifest::decode(&bytes, &keys(), &id()).is_err());
         }
     }
 }

@@ -8,39 +8,45 @@ pub mod manifest;
 
 pub mod generation;
 
+pub mod keyring;
+
+mod open;
+
 use std::fmt;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use tracker::extent::Epoch;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::keys::{Keys, from_hex, hex};
-use crate::segment::writer::Owner;
+use crate::keys::aead::Cipher;
+use crate::keys::slots::{Argon2Cost, KeyTable, SlotPlace, UserSecret};
+use crate::keys::source::{Access, PASSPHRASE_VARIABLE};
+use crate::keys::{Keys, hex};
+use crate::segment::frame::damaged;
+use crate::segment::reference::SegmentRef;
+use crate::segment::seal::Owner;
 use crate::store::{Created, Store, VaultUrl};
+use keyring::{Change, Keyring, Unlocked};
 use layout::VAULT_KEY;
 use manifest::{Manifest, PointId};
+use open::{Lock, VaultFile};
 
-/// Version of the vault's layout that is written and read.
-pub const FORMAT: u64 = 1;
-
-/// What `vault.json` says.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct VaultFile {
-    format: u64,
-    vault: String,
-    created: jiff::Timestamp,
-    /// The root key, of which all keys are derived, in hexadecimal digits.
-    root_key: String,
-    /// Locks around the root key; none in a vault that is not encrypted.
-    key_slots: Vec<serde_json::Value>,
-}
-
-/// The format number alone, so that a vault of the future is named as one.
-#[derive(Deserialize)]
-struct FormatOnly {
-    format: u64,
+/// How a new vault is protected from those who can read its store.
+#[derive(Debug)]
+pub enum Protection {
+    /// Not at all.
+    Plain,
+    /// Encrypted, with one key slot.
+    Sealed {
+        /// What opens the slot.
+        secret: UserSecret,
+        /// Its label.
+        label: String,
+        /// What a passphrase costs.
+        cost: Argon2Cost,
+        /// What everything is sealed with.
+        cipher: Cipher,
+    },
 }
 
 /// An open vault.
@@ -59,46 +65,68 @@ impl fmt::Debug for Vault {
 }
 
 impl Vault {
-    /// Makes a vault at an address that has none.
+    /// Makes a vault at an address that has none, or makes an encrypted one to its end whose keys are not there yet.
+    ///
+    /// Order: the vault's own file, then its first key table. Whoever creates that has made the vault; before, nobody can have
+    /// put anything into it.
     ///
     /// # Errors
     ///
     /// `State`: there is one. Other kinds: the store cannot be written.
-    pub fn create(url: &str) -> Result<Self> {
-        let store = VaultUrl::parse(url)?.prepare()?;
-        let file = VaultFile {
-            format: FORMAT,
-            vault: uuid::Uuid::new_v4().simple().to_string(),
-            created: jiff::Timestamp::now(),
-            root_key: format!(
-                "{}{}",
-                uuid::Uuid::new_v4().simple(),
-                uuid::Uuid::new_v4().simple()
-            ),
-            key_slots: Vec::new(),
+    pub fn create(url: &str, protection: &Protection) -> Result<Self> {
+        let store: Arc<dyn Store> = Arc::new(VaultUrl::parse(url)?.prepare()?);
+        let exists = || {
+            let what = format!("There is a vault at {url} already; it was left as it is");
+            Error::new(ErrorKind::State, what)
         };
-        let text = serde_json::to_string_pretty(&file).map_err(|error| {
-            Error::new(ErrorKind::Invalid, "Cannot write vault.json").with_source(error)
-        })?;
-        match store.create(VAULT_KEY, Bytes::from(text + "\n"))? {
-            Created::New => Self::with_store(url, Arc::new(store)),
-            Created::Exists => Err(Error::new(
-                ErrorKind::State,
-                format!("There is a vault at {url} already; it was left as it is"),
-            )),
+        let mut file = match protection {
+            Protection::Plain => VaultFile::plain()?,
+            Protection::Sealed { cipher, .. } => VaultFile::sealed(*cipher)?,
+        };
+        let created = store.create(VAULT_KEY, file.bytes.clone())?;
+        let Protection::Sealed {
+            secret,
+            label,
+            cost,
+            ..
+        } = protection
+        else {
+            let Created::New = created else {
+                return Err(exists());
+            };
+            return Self::with_file(url, store, &file, &Access::default());
+        };
+        if created == Created::Exists {
+            file = VaultFile::decode(store.read(VAULT_KEY, None)?, url)?;
         }
+        let Lock::Sealed(cipher) = file.lock else {
+            return Err(exists());
+        };
+        let begun = created == Created::Exists;
+        if begun && !store.list(layout::MACHINES_PREFIX)?.is_empty() {
+            return Err(exists());
+        }
+        let place = SlotPlace {
+            vault: file.id,
+            cipher,
+        };
+        Keyring::new(&*store, url, &file, place).create(secret, label, *cost)?;
+        let unlocked = Keyring::new(&*store, url, &file, place).unlock(secret)?;
+        Ok(Self::new(store, &file, unlocked.keys, url))
     }
 
-    /// Opens the vault at an address.
+    /// Opens the vault at an address. Whoever opens an encrypted one is asked for its secret.
     ///
     /// # Errors
     ///
-    /// There is none, or it is damaged or of a future version.
-    pub fn open(url: &str) -> Result<Self> {
-        Self::with_store(url, Arc::new(VaultUrl::parse(url)?.open()?))
+    /// There is none, or it is damaged or of a future version; or it is encrypted, and there is no secret that opens it.
+    pub fn open(url: &str, access: &Access) -> Result<Self> {
+        let (store, file) = Self::find(url)?;
+        Self::with_file(url, store, &file, access)
     }
 
-    fn with_store(url: &str, store: Arc<dyn Store>) -> Result<Self> {
+    fn find(url: &str) -> Result<(Arc<dyn Store>, VaultFile)> {
+        let store: Arc<dyn Store> = Arc::new(VaultUrl::parse(url)?.open()?);
         let bytes = store.read(VAULT_KEY, None).map_err(|error| {
             if error.kind() != ErrorKind::Missing {
                 return error;
@@ -108,38 +136,94 @@ impl Vault {
             );
             Error::new(ErrorKind::Missing, what).with_source(error)
         })?;
-        let invalid = |what: &str| {
-            Error::new(
-                ErrorKind::Corrupt,
-                format!("{VAULT_KEY} of the vault at {url} {what}"),
-            )
+        let file = VaultFile::decode(bytes, url)?;
+        Ok((store, file))
+    }
+
+    fn with_file(
+        url: &str,
+        store: Arc<dyn Store>,
+        file: &VaultFile,
+        access: &Access,
+    ) -> Result<Self> {
+        let keys = match &file.lock {
+            Lock::Plain(root) => Keys::derive(root.bytes()),
+            Lock::Sealed(cipher) => {
+                let place = SlotPlace {
+                    vault: file.id,
+                    cipher: *cipher,
+                };
+                Keyring::new(&*store, url, file, place)
+                    .unlock(&needed(url, access)?)?
+                    .keys
+            }
         };
-        let only: FormatOnly = serde_json::from_slice(&bytes).map_err(|error| {
-            invalid("is damaged or belongs to something else").with_source(error)
-        })?;
-        if only.format != FORMAT {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "{VAULT_KEY} of the vault at {url} has format {}, this program knows {FORMAT}: use a newer one",
-                    only.format
-                ),
-            ));
-        }
-        let file: VaultFile = serde_json::from_slice(&bytes)
-            .map_err(|error| invalid("is damaged").with_source(error))?;
-        if !file.key_slots.is_empty() {
-            return Err(invalid("has key slots, which this program does not know"));
-        }
-        let id = from_hex(&file.vault).ok_or_else(|| invalid("has no valid identity"))?;
-        let root: [u8; 32] =
-            from_hex(&file.root_key).ok_or_else(|| invalid("has no valid root key"))?;
-        Ok(Self {
+        Ok(Self::new(store, file, keys, url))
+    }
+
+    fn new(store: Arc<dyn Store>, file: &VaultFile, keys: Keys, url: &str) -> Self {
+        Self {
             store,
-            id,
-            keys: Keys::derive(&root),
+            id: file.id,
+            keys,
             url: url.to_owned(),
+        }
+    }
+
+    /// The key slots of the vault at an address.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::open`]; `State`: it is not encrypted.
+    pub fn key_table(url: &str, access: &Access) -> Result<KeyTable> {
+        Self::with_keyring(url, access, |_, unlocked| Ok(unlocked.table))
+    }
+
+    /// Changes the key slots of the vault at an address; returns those that there are from then on.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::key_table`] and [`Keyring::change`].
+    pub fn change_keys(url: &str, access: &Access, change: &Change<'_>) -> Result<KeyTable> {
+        Self::with_keyring(url, access, |keyring, unlocked| {
+            keyring.change(&unlocked, change)
         })
+    }
+
+    fn with_keyring<T>(
+        url: &str,
+        access: &Access,
+        work: impl FnOnce(&Keyring<'_>, Unlocked) -> Result<T>,
+    ) -> Result<T> {
+        let (store, file) = Self::find(url)?;
+        let Lock::Sealed(cipher) = file.lock else {
+            let what = format!("The vault at {url} is not encrypted, it has no key slots");
+            return Err(Error::new(ErrorKind::State, what));
+        };
+        let place = SlotPlace {
+            vault: file.id,
+            cipher,
+        };
+        let keyring = Keyring::new(&*store, url, &file, place);
+        let unlocked = keyring.unlock(&needed(url, access)?)?;
+        work(&keyring, unlocked)
+    }
+
+    /// What is wrong with the key tables that do not count, one line for each.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    pub fn key_problems(&self) -> Result<Vec<String>> {
+        let Some(sealing) = self.keys.sealing() else {
+            return Ok(Vec::new());
+        };
+        let file = VaultFile::decode(self.store.read(VAULT_KEY, None)?, &self.url)?;
+        let place = SlotPlace {
+            vault: self.id,
+            cipher: sealing.cipher(),
+        };
+        Keyring::new(&*self.store, &self.url, &file, place).problems()
     }
 
     /// The objects.
@@ -147,7 +231,7 @@ impl Vault {
         &*self.store
     }
 
-    /// Keys of fingerprints and checks.
+    /// All keys.
     pub fn keys(&self) -> &Keys {
         &self.keys
     }
@@ -177,13 +261,59 @@ impl Vault {
         }
     }
 
-    /// What the footers of a disk's segments say of their owner.
+    /// What makes the segments of a disk its own.
     pub fn owner(&self, machine: &str, disk: &str) -> Owner {
         Owner {
             vault_id: self.id,
+            machine: machine.to_owned(),
+            disk: disk.to_owned(),
             check: self
                 .keys
                 .check(&[machine.as_bytes(), b"/", disk.as_bytes()]),
+            keys: self.keys.clone(),
+        }
+    }
+
+    /// Where the claims of a machine are.
+    pub fn generations_prefix(&self, machine: &str) -> String {
+        layout::generations_prefix(&self.keys.machine_in_keys(machine))
+    }
+
+    /// The claim of a generation.
+    pub fn generation_key(&self, machine: &str, generation: u64) -> String {
+        layout::generation_key(&self.keys.machine_in_keys(machine), generation)
+    }
+
+    /// The manifest of a recovery point.
+    pub fn manifest_key(&self, machine: &str, epoch: Epoch) -> String {
+        layout::manifest_key(&self.keys.machine_in_keys(machine), epoch)
+    }
+
+    /// A segment of a disk.
+    pub fn segment_key(&self, machine: &str, disk: &str, segment: &SegmentRef) -> String {
+        let keys = &self.keys;
+        layout::segment_key(
+            &keys.machine_in_keys(machine),
+            &keys.disk_in_keys(machine, disk),
+            segment,
+        )
+    }
+
+    /// Where everything of a machine is.
+    pub fn machine_prefix(&self, machine: &str) -> String {
+        format!(
+            "{}/{}",
+            layout::MACHINES_PREFIX,
+            self.keys.machine_in_keys(machine)
+        )
+    }
+
+    /// Which recovery point a manifest has to be of.
+    pub fn point_id(&self, machine: &str, epoch: Epoch) -> PointId {
+        PointId {
+            vault: self.id(),
+            machine: machine.to_owned(),
+            epoch,
         }
     }
 
@@ -192,8 +322,9 @@ impl Vault {
     /// # Errors
     ///
     /// The store cannot be listed.
-    pub fn points(&self, machine: &str) -> Result<Vec<tracker::extent::Epoch>> {
-        let listed = self.store.list(&layout::points_prefix(machine))?;
+    pub fn points(&self, machine: &str) -> Result<Vec<Epoch>> {
+        let prefix = layout::points_prefix(&self.keys.machine_in_keys(machine));
+        let listed = self.store.list(&prefix)?;
         let mut points: Vec<_> = listed
             .iter()
             .filter_map(|object| layout::point_of(&object.key))
@@ -207,8 +338,8 @@ impl Vault {
     /// # Errors
     ///
     /// `Missing`: there is no such point. `Corrupt`: the manifest is damaged or another one's.
-    pub fn manifest(&self, machine: &str, epoch: tracker::extent::Epoch) -> Result<Manifest> {
-        let key = layout::manifest_key(machine, epoch);
+    pub fn manifest(&self, machine: &str, epoch: Epoch) -> Result<Manifest> {
+        let key = self.manifest_key(machine, epoch);
         let bytes = self.store.read(&key, None).map_err(|error| {
             if error.kind() != ErrorKind::Missing {
                 return error;
@@ -216,14 +347,8 @@ impl Vault {
             let what = format!("Machine {machine} has no recovery point {epoch}");
             Error::new(ErrorKind::Missing, what).with_source(error)
         })?;
-        let expected = PointId {
-            vault: self.id(),
-            machine: machine.to_owned(),
-            epoch,
-        };
-        Manifest::decode(&bytes, &self.keys)
-            .and_then(|manifest| manifest.expect(&expected).map(|()| manifest))
-            .map_err(|what| crate::segment::frame::damaged(&key, &what))
+        Manifest::decode(&bytes, &self.keys, &self.point_id(machine, epoch))
+            .map_err(|what| damaged(&key, &what))
     }
 
     /// The newest recovery point of a machine; `None` if it has none.
@@ -237,4 +362,15 @@ impl Vault {
             .map(|epoch| self.manifest(machine, epoch))
             .transpose()
     }
+}
+
+/// The secret that a vault needs.
+fn needed(url: &str, access: &Access) -> Result<UserSecret> {
+    access.secret()?.ok_or_else(|| {
+        let what = format!(
+            "The vault at {url} is encrypted: name what opens it by --key-file or --passphrase-file, by key_file or \
+             passphrase_file in the configuration, or by {PASSPHRASE_VARIABLE} in the environment"
+        );
+        Error::new(ErrorKind::Invalid, what)
+    })
 }

@@ -6,12 +6,12 @@
 //! what `shipper restore` makes of the same point.
 
 use shipper::error::Result;
-use shipper::segment::format::{Directory, ExtentEntry, FOOTER_BYTES};
+use shipper::keys::source::Access;
+use shipper::segment::format::{Directory, ExtentEntry};
 use shipper::segment::frame::{checked_part, damaged, decode_frame};
-use shipper::segment::reader::{check_header, decode_tail};
+use shipper::segment::reader::{check_header, decode_tail, tail_bytes};
 use shipper::segment::reference::SegmentRef;
 use shipper::vault::Vault;
-use shipper::vault::layout::segment_key;
 use tracker::extent::Epoch;
 
 use super::BLOCK_BYTES;
@@ -77,7 +77,7 @@ impl Follower {
     /// # Errors
     ///
     /// There is no vault.
-    pub fn new(url: &str, machine: &str, disks: &[(&str, u64)]) -> Result<Self> {
+    pub fn new(url: &str, access: &Access, machine: &str, disks: &[(&str, u64)]) -> Result<Self> {
         let mirror = |(name, size): &(&str, u64)| Mirror {
             name: (*name).to_owned(),
             segments: Vec::new(),
@@ -85,7 +85,7 @@ impl Follower {
             changed: Vec::new(),
         };
         Ok(Self {
-            vault: Vault::open(url)?,
+            vault: Vault::open(url, access)?,
             machine: machine.to_owned(),
             newest: Epoch::ZERO,
             taken: Vec::new(),
@@ -163,16 +163,17 @@ impl Follower {
 
 /// Makes a segment's blocks those of a disk.
 fn apply(vault: &Vault, machine: &str, segment: &SegmentRef, mirror: &mut Mirror) -> Result<()> {
-    let key = segment_key(machine, &mirror.name, segment);
+    let key = vault.segment_key(machine, &mirror.name, segment);
+    let owner = vault.owner(machine, &mirror.name);
     let object = vault.store().read(&key, None)?;
-    check_header(&object, &key)?;
-    let tail_bytes = segment.directory_bytes as usize + FOOTER_BYTES;
+    check_header(&object, &key, &owner)?;
+    let tail_bytes = tail_bytes(segment, &owner) as usize;
     let tail = object
         .len()
         .checked_sub(tail_bytes)
         .filter(|_| object.len() as u64 == segment.bytes)
         .ok_or_else(|| damaged(&key, "it has another size"))?;
-    let directory = decode_tail(&object[tail..], &key, segment, vault.keys())?;
+    let directory = decode_tail(&object[tail..], &key, segment, &owner)?;
     let mut frame = (usize::MAX, Vec::new());
     for entry in &directory.extents {
         let Some(number) = entry.frame_index() else {
@@ -201,7 +202,7 @@ fn unpack(
     let frame = directory.frames.get(number).ok_or_else(no_frame)?;
     let range = frame.range();
     let stored = object.get(range.start as usize..range.end as usize);
-    decode_frame(frame, stored.ok_or_else(no_frame)?, vault.keys())
+    decode_frame(directory, frame, stored.ok_or_else(no_frame)?, vault.keys())
 }
 
 fn put_extent(

@@ -3,16 +3,23 @@
 use std::fs;
 use std::path::Path;
 
-use super::fixture::{DISK_HASHES, folder, open};
+use super::fixture::{DISK_HASHES, fixture, folder, open, open_sealed};
 use super::site::{Content, MACHINE};
+use crate::keys::derive::hkdf;
 use crate::keys::hex;
+use crate::segment::reference::segment_name;
 use crate::vault::layout::{manifest_key, segment_key};
 use tracker::extent::Epoch;
 
 const FORMAT: &str = include_str!("../../segment/format.rs");
 const REFERENCE: &str = include_str!("../../segment/reference.rs");
 const MANIFEST: &str = include_str!("../../vault/manifest.rs");
-const VAULT: &str = include_str!("../../vault/mod.rs");
+const VAULT: &str = include_str!("../../vault/open.rs");
+const SEALED: &str = include_str!("../../segment/sealed.rs");
+const SEAL: &str = include_str!("../../segment/seal.rs");
+const ENVELOPE: &str = include_str!("../../keys/envelope.rs");
+const AEAD: &str = include_str!("../../keys/aead.rs");
+const SLOTS: &str = include_str!("../../keys/slots.rs");
 
 fn document() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/vault-format.md");
@@ -43,17 +50,20 @@ fn fields<'a>(source: &'a str, name: &str) -> Vec<(&'a str, &'a str)> {
         .map(|line| line.strip_prefix("pub ").unwrap_or(line))
         .filter_map(|line| line.trim_end_matches(',').split_once(": "))
         .collect();
-    assert!(fields.len() > 2, "{name}: {fields:?}");
+    assert!(fields.len() > 1, "{name}: {fields:?}");
     fields
 }
 
 fn size_of_type(name: &str) -> usize {
     match name {
         "u8" => 1,
+        "[u8; 3]" => 3,
+        "[u8; 5]" => 5,
+        "[u8; 32]" => 32,
         "U16" => 2,
         "U32" => 4,
         "U64" | "[u8; 8]" => 8,
-        "[u8; 16]" | "Check" => 16,
+        "[u8; 16]" | "Check" | "Tag" => 16,
         other => panic!("a type of unknown size: {other}"),
     }
 }
@@ -76,6 +86,12 @@ fn the_document_names_every_field() {
         ("### Frame table", FORMAT, "FrameEntry"),
         ("### Extent table", FORMAT, "ExtentEntry"),
         ("## Manifest", MANIFEST, "Header"),
+        ("### Sealing", AEAD, "NonceFields"),
+        ("### Sealed objects", ENVELOPE, "SealedHeader"),
+        ("### Sealed segments", SEALED, "SealedFooter"),
+        ("### Sealed segments", SEALED, "DirectoryHead"),
+        ("### Sealed segments", SEALED, "SealedFrameEntry"),
+        ("### Sealed segments", SEAL, "AssociatedTail"),
     ];
     for (heading, source, name) in structures {
         let mut offset = 0;
@@ -91,14 +107,20 @@ fn the_document_names_every_field() {
         ("## Manifest", MANIFEST, "Manifest"),
         ("## Manifest", MANIFEST, "DiskPoint"),
         ("## Manifest", REFERENCE, "SegmentRef"),
-        ("## vault.json", VAULT, "VaultFile"),
+        ("## vault.json", VAULT, "PlainFile"),
+        ("### vault.json of an encrypted vault", VAULT, "SealedFile"),
+        ("### Key tables", SLOTS, "KeyTable"),
+        ("### Key tables", SLOTS, "KeySlot"),
+        ("### Key tables", SLOTS, "Argon2Cost"),
     ];
     for (heading, source, name) in objects {
         let rows: Vec<_> = fields(source, name)
             .iter()
             .map(|(field, kind)| {
                 let kind = match *kind {
-                    "u64" | "Epoch" => "number",
+                    "u64" | "u32" | "Epoch" => "number",
+                    "Option<Argon2Cost>" => "object",
+                    "Cipher" | "SlotKind" => "string",
                     "String" | "jiff::Timestamp" | "NameField" | "CheckField" => "string",
                     "Consistency" | "Option<String>" => "string",
                     list if list.starts_with("Vec<") => "array",
@@ -113,9 +135,15 @@ fn the_document_names_every_field() {
 
 #[test]
 fn the_document_has_the_numbers_of_the_code() {
+    use crate::keys::slots::{
+        ITERATIONS_MAX, LABEL_BYTES_MAX, MEMORY_KIB_MAX, PARALLELISM_MAX, SLOTS_MAX,
+        TABLE_BYTES_MAX,
+    };
     use crate::segment::codec::CodecKind;
     use crate::segment::format::{FOOTER_BYTES, FRAME_BLOCKS_MAX, HEADER_BYTES, MAGIC, MAGIC_END};
     use crate::segment::reader::DIRECTORY_BYTES_MAX;
+    use crate::segment::sealed::{DIRECTORY_HEAD_BYTES, SEALED_FOOTER_BYTES, SEALED_MAGIC_END};
+    use crate::vault::generation::CLAIM_MAGIC;
     let document = document();
     let spaced = |bytes: &[u8]| {
         let digits: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -125,6 +153,16 @@ fn the_document_has_the_numbers_of_the_code() {
         spaced(&MAGIC),
         spaced(&MAGIC_END),
         spaced(&crate::vault::manifest::MAGIC),
+        spaced(&SEALED_MAGIC_END),
+        spaced(&CLAIM_MAGIC),
+        format!("the last {SEALED_FOOTER_BYTES} bytes"),
+        format!("a head of {DIRECTORY_HEAD_BYTES} bytes"),
+        format!("{} KiB at most", TABLE_BYTES_MAX >> 10),
+        format!("the key slots, 1 to {SLOTS_MAX} "),
+        format!("{LABEL_BYTES_MAX} bytes at most, without control characters"),
+        format!("8 × `parallelism` to {MEMORY_KIB_MAX} "),
+        format!("passes: 1 to {ITERATIONS_MAX} "),
+        format!("lanes: 1 to {PARALLELISM_MAX} "),
         format!("header      {HEADER_BYTES} bytes"),
         format!("the last {FOOTER_BYTES} bytes"),
         format!("{} bytes at most", crate::vault::manifest::REASON_BYTES_MAX),
@@ -150,6 +188,57 @@ fn dump(path: &Path) -> String {
         text.push_str(&format!("    {offset:08x}  {}\n", digits.join(" ")));
     }
     text + &format!("    {:08x}\n", bytes.len())
+}
+
+/// What the document shows of the encrypted vault: its files, and what comes out on the way to a directory.
+fn sealed_example() -> Vec<String> {
+    let vault = open_sealed();
+    let root = fixture("vault-3");
+    let manifest = vault.manifest(MACHINE, Epoch(1)).unwrap();
+    let segment = &manifest.disks[0].segments[0];
+    let sealing = vault.keys().sealing().unwrap();
+    let manifest_key = vault.manifest_key(MACHINE, Epoch(1));
+    let segment_key = vault.segment_key(MACHINE, "disk", segment);
+    let object = fs::read(root.join(&segment_key)).unwrap();
+    let salt: [u8; 32] = object[object.len() - 64..object.len() - 32]
+        .try_into()
+        .unwrap();
+    let name = segment_name(&segment.name.0);
+    let identity = sealing.identity("segment", &[MACHINE, "disk", &name]);
+    let key = hkdf(sealing.segments.bytes(), &salt, identity.as_bytes()).unwrap();
+    let read = |key: &str| fs::read_to_string(root.join(key)).unwrap();
+    let indented = |text: String| {
+        let lines: Vec<_> = text.lines().map(|line| format!("    {line}\n")).collect();
+        lines.concat()
+    };
+    vec![
+        indented(read("vault.json")),
+        indented(read("keys/1")),
+        indented(read("keys/2")),
+        format!("segments      {}", hex(sealing.segments.bytes())),
+        format!("manifests     {}", hex(sealing.manifests.bytes())),
+        format!("claims        {}", hex(sealing.claims.bytes())),
+        format!("M             {}", vault.keys().machine_in_keys(MACHINE)),
+        format!(
+            "D             {}",
+            vault.keys().disk_in_keys(MACHINE, "disk")
+        ),
+        manifest_key.clone(),
+        dump(&root.join(&manifest_key)),
+        segment_key.clone(),
+        dump(&root.join(&segment_key)),
+        format!("    {}\n", identity.replace('\n', "\\n")),
+        format!("key of the segment      {}", hex(key.bytes())),
+        serde_json::to_string(segment).unwrap(),
+    ]
+}
+
+#[test]
+fn the_second_example_is_the_encrypted_vault() {
+    let example = section("## Example of an encrypted vault");
+    for text in sealed_example() {
+        assert!(example.contains(&text), "the example lacks:\n{text}");
+    }
 }
 
 #[test]

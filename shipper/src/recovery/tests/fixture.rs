@@ -6,14 +6,19 @@ use std::path::{Path, PathBuf};
 use tracker::extent::Epoch;
 
 use super::site::{Changes, Content, MACHINE, apply, blocks, put_consistent, put_segment};
+use crate::keys::aead::Cipher;
+use crate::keys::secret::SecretText;
+use crate::keys::slots::{Argon2Cost, UserSecret};
+use crate::keys::source::{Access, parse_key};
 use crate::recovery::restore::{RestoreOptions, restore};
 use crate::recovery::verify::{VerifyOptions, verify};
 use crate::segment::codec::Codec;
 use crate::segment::format::SegmentName;
 use crate::store::{Created, VaultUrl};
-use crate::vault::Vault;
+use crate::vault::keyring::Change;
 use crate::vault::layout::generation_key;
 use crate::vault::manifest::Consistency;
+use crate::vault::{Protection, Vault, generation};
 
 /// Ten blocks and a sector.
 pub const SIZE_BYTES: u64 = 10 * 4096 + 512;
@@ -45,7 +50,7 @@ pub fn folder() -> PathBuf {
     fixture("vault-1")
 }
 
-fn fixture(name: &str) -> PathBuf {
+pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures")
         .join(name)
@@ -56,7 +61,7 @@ pub fn open() -> Vault {
 }
 
 fn open_at(folder: &Path) -> Vault {
-    Vault::open(&format!("file://{}", folder.display())).unwrap()
+    Vault::open(&format!("file://{}", folder.display()), &Access::default()).unwrap()
 }
 
 /// What the segments hold: point, number, codec, changes.
@@ -151,13 +156,85 @@ const CONSISTENCIES: [(Consistency, Option<&str>); 2] = [
 /// The same vault as this program writes it, with manifests of the newest version. A new version of the format gets a fixture of its own,
 /// made by keeping what this writes.
 fn write_vault(folder: &Path) -> Vault {
-    VaultUrl::Folder(folder.to_owned()).prepare().unwrap();
-    fs::write(folder.join("vault.json"), VAULT_FILE).unwrap();
+    write_plain_head(folder);
     let vault = open_at(folder);
     let created = vault
         .store()
         .create(&generation_key(MACHINE, 1), CLAIM.into());
     assert_eq!(created.unwrap(), Created::New);
+    write_points(vault)
+}
+
+/// The key file of the encrypted vault.
+const KEY_FILE: &str = "a0a1a2a3a4a5a6a7a8a9aaabacadaeafb0b1b2b3b4b5b6b7b8b9babbbcbdbebf\n";
+/// Its passphrase.
+const PASSPHRASE: &str = "correct horse battery staple";
+
+/// The same encrypted.
+fn write_sealed_vault(folder: &Path) -> Vault {
+    let url = format!("file://{}", folder.display());
+    let protection = Protection::Sealed {
+        secret: UserSecret::KeyFile(parse_key(KEY_FILE.as_bytes()).unwrap()),
+        label: "first".to_owned(),
+        cost: Argon2Cost::default(),
+        cipher: Cipher::Aes256Gcm,
+    };
+    Vault::create(&url, &protection).unwrap();
+    let secret = &UserSecret::Passphrase(SecretText::new(PASSPHRASE.into()));
+    let label = "for emergencies";
+    let secrets = tempfile::tempdir().unwrap();
+    let access = by_key_file(secrets.path());
+    Vault::change_keys(&url, &access, &Change::Add { secret, label }).unwrap();
+    let vault = Vault::open(&url, &access).unwrap();
+    assert_eq!(generation::claim(&vault, MACHINE, "example").unwrap(), 1);
+    write_points(vault)
+}
+
+fn by_key_file(folder: &Path) -> Access {
+    let path = folder.join("key");
+    fs::write(&path, KEY_FILE).unwrap();
+    Access {
+        key_file: Some(path),
+        ..Access::default()
+    }
+}
+
+fn by_passphrase(folder: &Path) -> Access {
+    let path = folder.join("passphrase");
+    fs::write(&path, PASSPHRASE).unwrap();
+    Access {
+        passphrase_file: Some(path),
+        ..Access::default()
+    }
+}
+
+/// The encrypted vault, opened by the key file.
+pub fn open_sealed() -> Vault {
+    let secrets = tempfile::tempdir().unwrap();
+    open_sealed_by(&by_key_file(secrets.path()))
+}
+
+fn open_sealed_by(access: &Access) -> Vault {
+    let url = format!("file://{}", fixture("vault-3").display());
+    Vault::open(&url, access).unwrap()
+}
+
+#[test]
+fn the_encrypted_vault_restores_by_either_secret() {
+    let secrets = tempfile::tempdir().unwrap();
+    for access in [by_key_file(secrets.path()), by_passphrase(secrets.path())] {
+        let vault = open_sealed_by(&access);
+        assert_restores(&vault);
+        assert_whole(&vault);
+    }
+}
+
+fn write_plain_head(folder: &Path) {
+    VaultUrl::Folder(folder.to_owned()).prepare().unwrap();
+    fs::write(folder.join("vault.json"), VAULT_FILE).unwrap();
+}
+
+fn write_points(vault: Vault) -> Vault {
     let scratch = tempfile::tempdir().unwrap();
     let mut segments = Vec::new();
     for (epoch, number, codec, changes) in contents() {
@@ -199,4 +276,5 @@ fn write_vault(folder: &Path) -> Vault {
 fn what_is_written_today_restores_to_the_same() {
     let folder = tempfile::tempdir().unwrap();
     assert_restores(&write_vault(&folder.path().join("vault")));
+    assert_restores(&write_sealed_vault(&folder.path().join("sealed")));
 }

@@ -237,7 +237,7 @@ fn a_changed_byte_of_the_vaults_own_file_never_gives_another_disk() {
         let mut broken = whole.clone();
         broken[at] ^= 1 << (at % 8);
         fs::write(&path, &broken).unwrap();
-        let Ok(vault) = crate::vault::Vault::open(site.vault.url()) else {
+        let Ok(vault) = crate::vault::Vault::open(site.vault.url(), &site.access()) else {
             continue;
         };
         let options = site.options(Some(2), "restored");

@@ -3,27 +3,32 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use tempfile::TempDir;
 use tracker::extent::{BLOCK_SIZE, Epoch, Extent};
 
 use crate::error::Result;
+use crate::keys::aead::Cipher;
+use crate::keys::slots::{Argon2Cost, UserSecret};
+use crate::keys::source::{Access, generate_key_file};
 use crate::recovery::restore::{RestoreOptions, RestoreReport, restore};
 use crate::recovery::verify::{VerifyOptions, VerifyReport, verify};
 use crate::segment::codec::{Codec, Compressor};
 use crate::segment::format::SegmentName;
 use crate::segment::frame::FrameBuilder;
 use crate::segment::reference::SegmentRef;
+use crate::segment::seal::{Current, SegmentSeal};
 use crate::segment::writer::SegmentWriter;
 use crate::store::Created;
-use crate::vault::Vault;
-use crate::vault::layout::manifest_key;
-use crate::vault::layout::segment_key;
 use crate::vault::manifest::{Consistency, DiskPoint, Manifest};
+use crate::vault::{Protection, Vault, generation};
 
 /// The machine of all tests.
 pub const MACHINE: &str = "machine";
+/// The key file of an encrypted vault.
+const KEY_FILE: &str = "vault.key";
 const BLOCK: usize = BLOCK_SIZE as usize;
 
 /// What blocks become.
@@ -98,8 +103,38 @@ pub struct Site {
 impl Site {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let vault = Vault::create(&format!("file://{}/vault", folder.path().display())).unwrap();
+        Self::make(folder, &Protection::Plain)
+    }
+
+    /// A vault that is encrypted, with a key file.
+    pub fn sealed(cipher: Cipher) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let key = generate_key_file(&folder.path().join(KEY_FILE)).unwrap();
+        let protection = Protection::Sealed {
+            secret: UserSecret::KeyFile(key),
+            label: "first".to_owned(),
+            cost: Argon2Cost::default(),
+            cipher,
+        };
+        Self::make(folder, &protection)
+    }
+
+    fn make(folder: TempDir, protection: &Protection) -> Self {
+        let url = format!("file://{}/vault", folder.path().display());
+        let vault = Vault::create(&url, protection).unwrap();
+        if vault.keys().sealing().is_some() {
+            assert_eq!(generation::claim(&vault, MACHINE, "here").unwrap(), 1);
+        }
         Self { folder, vault }
+    }
+
+    /// What opens the vault.
+    pub fn access(&self) -> Access {
+        let sealed = self.vault.keys().sealing().is_some();
+        Access {
+            key_file: sealed.then(|| self.path(KEY_FILE)),
+            ..Access::default()
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -199,7 +234,9 @@ pub fn put_segment(
 ) -> SegmentRef {
     let path = folder.join("segment");
     let keys = vault.keys();
-    let mut writer = SegmentWriter::create(&path, name).unwrap();
+    let seal = SegmentSeal::begin(name, &vault.owner(MACHINE, disk)).unwrap();
+    let current = Current::new(Arc::clone(&seal));
+    let mut writer = SegmentWriter::create(&path, seal).unwrap();
     let mut compressor = Compressor::new(codec).unwrap();
     let mut builder = FrameBuilder::default();
     let mut in_frame = 0;
@@ -213,21 +250,21 @@ pub fn put_segment(
             builder.push_block(block, &data, keys.fingerprint(&data));
             in_frame += 1;
             if in_frame == frame_blocks {
-                let frame = builder.finish(&mut compressor, keys).unwrap();
+                let frame = builder.finish(&mut compressor, &current).unwrap();
                 writer.append(&frame).unwrap();
                 in_frame = 0;
             }
         }
     }
-    let frame = builder.finish(&mut compressor, keys).unwrap();
+    let frame = builder.finish(&mut compressor, &current).unwrap();
     writer.append(&frame).unwrap();
-    let (segment, _) = writer.finish(&vault.owner(MACHINE, disk), keys).unwrap();
+    let (segment, _) = writer.finish().unwrap();
     let content = Bytes::from(fs::read(&path).unwrap());
     assert_eq!(content.len() as u64, segment.bytes);
     fs::remove_file(&path).unwrap();
     let created = vault
         .store()
-        .create(&segment_key(MACHINE, disk, &segment), content);
+        .create(&vault.segment_key(MACHINE, disk, &segment), content);
     assert_eq!(created.unwrap(), Created::New);
     segment
 }
@@ -272,7 +309,7 @@ pub fn put_consistent(
     let bytes = manifest.encode(vault.keys()).unwrap();
     let created = vault
         .store()
-        .create(&manifest_key(MACHINE, epoch), Bytes::from(bytes));
+        .create(&vault.manifest_key(MACHINE, epoch), Bytes::from(bytes));
     assert_eq!(created.unwrap(), Created::New);
 }
 
@@ -290,8 +327,14 @@ pub fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
 
 /// A vault of a few KiB with two points of a disk whose last block is short, and the disk at each.
 pub fn small() -> (Site, BTreeMap<u64, Vec<u8>>) {
-    const SIZE: usize = 10 * BLOCK + 512;
     let site = Site::new();
+    let disks = fill(&site);
+    (site, disks)
+}
+
+/// Puts these points into a vault.
+pub fn fill(site: &Site) -> BTreeMap<u64, Vec<u8>> {
+    const SIZE: usize = 10 * BLOCK + 512;
     let first = vec![
         (blocks(0, 4), Content::Text(1)),
         (blocks(4, 3), Content::Zero),
@@ -317,5 +360,5 @@ pub fn small() -> (Site, BTreeMap<u64, Vec<u8>>) {
     apply(&mut model, &second);
     apply(&mut model, &third);
     disks.insert(2, model);
-    (site, disks)
+    disks
 }
