@@ -56,6 +56,8 @@ pub struct Sealing {
     pub manifests: Secret<32>,
     /// Key material of segments.
     pub segments: Secret<32>,
+    /// Key material of records.
+    pub records: Secret<32>,
 }
 
 impl Keys {
@@ -87,6 +89,7 @@ impl Keys {
                 claims: derive("claims")?,
                 manifests: derive("manifests")?,
                 segments: derive("segments")?,
+                records: derive("records")?,
             }),
         })))
     }
@@ -204,7 +207,7 @@ mod tests {
         for keys in &all {
             let it = keys.sealing().unwrap();
             let set = [&keys.0.fingerprint, &keys.0.check, &it.tables, &it.names];
-            let objects = [&it.claims, &it.manifests, &it.segments];
+            let objects = [&it.claims, &it.manifests, &it.segments, &it.records];
             for key in set.into_iter().chain(objects) {
                 assert!(seen.insert(*key.bytes()));
             }

@@ -10,6 +10,8 @@ pub mod generation;
 
 pub mod keyring;
 
+pub mod record;
+
 mod open;
 
 use std::fmt;
