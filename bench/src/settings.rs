@@ -58,9 +58,12 @@ pub struct Settings {
     #[arg(long, conflicts_with_all = ["quick", "jobs", "clients", "servers"], requires = "shipper")]
     pub cost: bool,
     /// What taking recovery points costs, on the last folder: an epoch every 5 s on a disk of 8 GiB, against
-    /// none. Needs --shipper; takes --rounds, --seconds, --size-mib and --direct
+    /// none. Needs --shipper; takes --rounds, --seconds, --size-mib, --direct and --guest-iops
     #[arg(long, conflicts_with_all = ["quick", "cost", "jobs", "clients", "servers"], requires = "shipper")]
     pub capture: bool,
+    /// With --capture: the guest writes so often a second, at a depth of 32 at most, instead of as often as it can
+    #[arg(long, value_name = "IOPS", requires = "capture", value_parser = clap::value_parser!(u32).range(1..))]
+    pub guest_iops: Option<u32>,
     /// The shipper program
     #[arg(long, value_name = "PATH")]
     pub shipper: Option<PathBuf>,

@@ -213,7 +213,10 @@ fn a_shipper_that_is_killed_begins_another_point_at_once() {
 #[test]
 fn a_point_whose_blocks_do_not_find_room_is_given_up_and_no_write_fails() {
     let mut scene = Scene::new(3, &["--preserve-budget", "256KiB"]);
-    scene.overwrite(BLOCKS - 200..BLOCKS);
+    // By one write: the next point is cut at once, and shall not be given up for what still comes.
+    let bytes = scene.random.bytes(400 * BLOCK as usize);
+    let offset = (2 * BLOCKS - 400) * BLOCK;
+    scene.clients[1].write(offset, &bytes).unwrap();
     await_status(&scene.site, "the end of it", |status| {
         number(status, "/points_given_up") > 0
     });

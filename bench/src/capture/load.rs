@@ -1,8 +1,12 @@
 //! A guest that writes 4 KiB at a depth and notes of each write when it was answered and how long that took.
 
 use std::io::{Read, Write as _};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 
 use crate::Result;
 use crate::load::next_random;
@@ -88,6 +92,48 @@ impl Zipf {
     }
 }
 
+/// How often a guest writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Writes a second; `None`: as many as are answered.
+    iops: Option<u32>,
+    begin: Duration,
+    /// Writes that were sent.
+    sent: u64,
+}
+
+impl Pace {
+    /// From a moment on.
+    pub fn new(iops: Option<u32>, begin: Duration) -> Self {
+        Self {
+            iops,
+            begin,
+            sent: 0,
+        }
+    }
+
+    /// When the next write is due; what could not be sent in time is sent later.
+    fn due(&self) -> Duration {
+        let Some(iops) = self.iops else {
+            return self.begin;
+        };
+        self.begin + Duration::from_secs_f64(self.sent as f64 / f64::from(iops))
+    }
+
+    /// Counts a write, if it is time for it.
+    fn take(&mut self, now: Duration) -> bool {
+        let is_due = self.due() <= now;
+        self.sent += u64::from(is_due);
+        is_due
+    }
+}
+
+/// Waits until something can be read, or for so long.
+fn await_readable(stream: &UnixStream, most: Duration) -> Result<bool> {
+    let mut wanted = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+    Ok(ppoll(&mut wanted, Some(TimeSpec::from_duration(most)), None)? > 0)
+}
+
 /// Writes for a time; all writes, by the time of their replies.
 ///
 /// # Errors
@@ -97,7 +143,7 @@ pub fn run(
     server: &Running,
     places: &Places,
     seed: u64,
-    duration: Duration,
+    (duration, iops): (Duration, Option<u32>),
     origin: Instant,
 ) -> Result<Vec<Write>> {
     let mut stream = UnixStream::connect(server.socket())?;
@@ -113,11 +159,14 @@ pub fn run(
     let mut free: Vec<u64> = (0..DEPTH).collect();
     let (mut outgoing, mut incoming) = (Vec::new(), vec![0; REPLY_BYTES * DEPTH as usize]);
     let (mut have, mut writes) = (0, Vec::with_capacity(1 << 20));
-    let end = origin.elapsed() + duration;
+    let mut pace = Pace::new(iops, origin.elapsed());
+    let end = pace.begin + duration;
     loop {
         let now = origin.elapsed();
         outgoing.clear();
         while now < end
+            && !free.is_empty()
+            && pace.take(now)
             && let Some(place) = free.pop()
         {
             let block = places.next(&mut random, blocks);
@@ -132,9 +181,15 @@ pub fn run(
             push_data(&mut outgoing, &noise, next_random(&mut random));
         }
         stream.write_all(&outgoing)?;
-        if free.len() as u64 == DEPTH {
+        if now >= end && free.len() as u64 == DEPTH {
             stream.write_all(&wire::header(Command::Disconnect, 0, 0, 0) as &[u8; HEADER_BYTES])?;
             return Ok(writes);
+        }
+        if now < end && !free.is_empty() {
+            let left = pace.due().min(end).saturating_sub(origin.elapsed());
+            if !await_readable(&stream, left)? {
+                continue;
+            }
         }
         let count = stream.read(&mut incoming[have..])?;
         if count == 0 {
@@ -190,6 +245,19 @@ mod tests {
             .map(|rank| (rank as f64).powf(-0.99) / zipf.sum)
             .sum();
         assert!((tail - expected).abs() < 0.01, "{tail} {expected}");
+    }
+
+    #[test]
+    fn writes_that_are_late_are_made_up_for() {
+        let second = Duration::from_secs(1);
+        let mut pace = Pace::new(Some(10), second);
+        let mut taken = |now| std::iter::from_fn(|| pace.take(now).then_some(())).count();
+        assert_eq!(taken(second / 2), 0);
+        assert_eq!(taken(second), 1);
+        assert_eq!(taken(second), 0);
+        assert_eq!(taken(2 * second), 10);
+        let mut unbound = Pace::new(None, second);
+        assert!((0..1000).all(|_| unbound.take(second)));
     }
 
     #[test]

@@ -177,13 +177,14 @@ impl Bench<'_> {
         let (ends, captured) = (AtomicBool::new(false), AtomicBool::new(false));
         let with_shipper = shipper.is_some();
         let sockets = (self.server.control(), shipper);
+        let iops = self.settings.guest_iops;
         std::thread::scope(|scope| {
             let watcher = scope.spawn(|| {
                 watch::watch(sockets, &ends, &captured, origin).map_err(|error| error.to_string())
             });
             let duration = Duration::from_secs_f64(seconds);
             let begin = load::nanoseconds(origin.elapsed());
-            let writes = load::run(&self.server, places, self.seed, duration, origin);
+            let writes = load::run(&self.server, places, self.seed, (duration, iops), origin);
             let rested = match with_shipper {
                 true => self.await_rest(&captured, || watcher.is_finished()),
                 false => Ok(()),
@@ -254,6 +255,7 @@ fn save(settings: &Settings, runs: &[Run], lines: &[Line], copied: f64) -> Resul
     let report = json!({
         "date": now.strftime("%F %H:%M %:z").to_string(),
         "direct": settings.direct,
+        "guest_iops": settings.guest_iops,
         "disk_bytes": settings.size_mib.unwrap_or(SIZE_MIB) << 20,
         "seconds": settings.seconds.unwrap_or(SECONDS),
         "first_copy_seconds": copied,
