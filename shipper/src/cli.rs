@@ -60,6 +60,9 @@ pub enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// Print OpenMetrics text, as Prometheus and others collect it
+        #[arg(long, conflicts_with = "json")]
+        metrics: bool,
     },
     /// Ask the running shipper for a recovery point now, and print its number when it is in the vault
     Cut {

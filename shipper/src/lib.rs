@@ -27,3 +27,5 @@ pub mod store;
 pub mod keys;
 
 pub mod status;
+
+pub mod metrics;

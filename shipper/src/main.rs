@@ -21,6 +21,7 @@ use shipper::lifecycle::config::Config;
 use shipper::lifecycle::control::{ask_cut, ask_resync, ask_status};
 use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::protect;
+use shipper::metrics;
 use shipper::recovery::restore::{RestoreOptions, restore};
 use shipper::recovery::verify::{VerifyOptions, verify};
 use shipper::store::VaultUrl;
@@ -66,12 +67,16 @@ fn carry_out(command: Command) -> Result<()> {
             print(&show::protection(&config, &protection))
         }
         Command::Run { config, once } => run_until_signal(config.load()?, once),
-        Command::Status { config, json } => {
+        Command::Status {
+            config,
+            json,
+            metrics,
+        } => {
             let status = ask_status(&config.load()?.state)?;
-            print(&if json {
-                show::json(&status)?
-            } else {
-                show::status(&status)
+            print(&match (json, metrics) {
+                (true, _) => show::json(&status)?,
+                (_, true) => metrics::text(&status)?,
+                _ => show::status(&status),
             })
         }
         Command::Cut { config, quiesce } => cut(&config.load()?, quiesce),

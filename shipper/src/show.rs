@@ -84,6 +84,11 @@ pub fn status(status: &Status) -> String {
         mebibytes(status.uploaded_bytes),
     );
     text.push_str(&requests(&status.vault_requests));
+    if let Some(cost) = status.vault_cost {
+        text.push_str(&format!(
+            "they cost {cost:.4} by the prices of the configuration\n"
+        ));
+    }
     if let Some(point) = &status.application_point {
         text.push_str(&format!(
             "newest application-consistent recovery point: {}, of {}\n",
@@ -109,16 +114,8 @@ pub fn status(status: &Status) -> String {
 
 /// What `status` says of requests to the vault.
 fn requests(requests: &Requests) -> String {
-    let kinds = [
-        ("put", requests.put),
-        ("get", requests.get),
-        ("head", requests.head),
-        ("list", requests.list),
-        ("delete", requests.delete),
-        ("credentials", requests.credentials),
-    ];
+    let kinds = requests.kinds().into_iter();
     let shown: Vec<String> = kinds
-        .into_iter()
         .filter(|(_, sum)| sum.requests > 0)
         .map(|(name, sum)| match sum.bytes {
             0 => format!("{} {name}", sum.requests),

@@ -10,6 +10,7 @@ use tracker::extent::Epoch;
 
 use crate::error::{Error, ErrorKind};
 use crate::store::counted::{Counters, Requests};
+use crate::store::prices::Prices;
 
 /// The same trouble is logged again after this time.
 const REPEAT_INTERVAL: Duration = Duration::from_secs(60);
@@ -101,6 +102,9 @@ pub struct Status {
     /// Requests to the vault's store since it was started.
     #[serde(default)]
     pub vault_requests: Requests,
+    /// What they cost by the prices of the configuration, in the currency of these; `None` where there are none.
+    #[serde(default)]
+    pub vault_cost: Option<f64>,
     /// The disks.
     pub disks: Vec<DiskStatus>,
 }
@@ -183,6 +187,7 @@ pub struct Board {
     inner: Mutex<Inner>,
     bytes_read: Vec<AtomicU64>,
     vault_requests: Option<Arc<Counters>>,
+    prices: Option<Prices>,
 }
 
 impl std::fmt::Debug for Board {
@@ -204,13 +209,19 @@ impl Board {
             }),
             bytes_read,
             vault_requests: None,
+            prices: None,
         }
     }
 
-    /// Shows the requests that these count.
+    /// Shows the requests that these count, and what they cost.
     #[must_use]
-    pub fn counting(mut self, vault_requests: Option<Arc<Counters>>) -> Self {
+    pub fn counting(
+        mut self,
+        vault_requests: Option<Arc<Counters>>,
+        prices: Option<Prices>,
+    ) -> Self {
         self.vault_requests = vault_requests;
+        self.prices = prices;
         self
     }
 
@@ -233,6 +244,9 @@ impl Board {
         }
         if let Some(counters) = &self.vault_requests {
             status.vault_requests = counters.sums();
+            status.vault_cost = self
+                .prices
+                .map(|prices| prices.cost(&status.vault_requests));
         }
         status.health = match status.problems.is_empty() {
             true => Health::Ok,
@@ -293,7 +307,7 @@ mod tests {
     #[test]
     fn what_needs_somebody_is_critical_until_it_is_over() {
         let counters = Arc::new(Counters::default());
-        let board = Board::new(Status::default()).counting(Some(Arc::clone(&counters)));
+        let board = Board::new(Status::default()).counting(Some(Arc::clone(&counters)), None);
         assert_eq!(board.status().health, Health::Ok);
         for (kind, health) in [
             (ErrorKind::Unavailable, Health::Warning),

@@ -341,3 +341,39 @@ fn run_once_makes_one_recovery_point_and_ends() {
     site.check_restore(&point, &site.image("disk"));
     tracker.stop();
 }
+
+#[test]
+fn a_status_tells_what_requests_cost() {
+    let Filled { site, tracker, .. } = filled("cost", 2);
+    let mut site = site;
+    site.settings = "prices.put_per_1000 = 10.0\n".to_owned();
+    site.write_config();
+    let shipper = site.start_shipper();
+    site.cut();
+    let status = status(&site).unwrap();
+    let puts = number(&status, "/vault_requests/put/requests");
+    let cost = status["vault_cost"].as_f64().unwrap();
+    assert!(
+        puts > 0 && (cost - puts as f64 / 100.0).abs() < 1e-9,
+        "{status}"
+    );
+    let metrics = site.shipper(&["status", "--metrics"]).success();
+    for line in [
+        "tidemark_shipper_points_total{machine=\"m1\"} ",
+        "tidemark_shipper_vault_requests_total{machine=\"m1\",kind=\"put\"} ",
+        "tidemark_shipper_vault_cost{machine=\"m1\"} ",
+        "tidemark_shipper_health{machine=\"m1\",state=\"ok\"} 1",
+    ] {
+        let is_there = metrics.lines().any(|found| found.starts_with(line));
+        assert!(is_there, "{line} in {metrics}");
+    }
+    assert!(metrics.ends_with("# EOF\n"), "{metrics}");
+    let text = site.shipper(&["status"]).success();
+    assert!(text.contains("they cost "), "{text}");
+    shipper.stop();
+    tracker.stop();
+    site.settings = "prices.put_per_1000 = -1.0\n".to_owned();
+    site.write_config();
+    let refused = site.shipper(&["status"]);
+    assert!(!refused.status.success() && refused.err.contains("put_per_1000"));
+}

@@ -134,6 +134,23 @@ fn await_readable(stream: &UnixStream, most: Duration) -> Result<bool> {
     Ok(ppoll(&mut wanted, Some(TimeSpec::from_duration(most)), None)? > 0)
 }
 
+/// A connection, and the blocks of the disk.
+fn connect(server: &Running) -> Result<(UnixStream, u64)> {
+    let mut stream = UnixStream::connect(server.socket())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let bytes = wire::negotiate(&mut stream, server.export())?;
+    Ok((stream, bytes / BLOCK_BYTES as u64))
+}
+
+fn noise(random: &mut u64) -> Vec<u8> {
+    let mut noise = Vec::with_capacity(NOISE_BYTES);
+    while noise.len() < NOISE_BYTES {
+        noise.extend_from_slice(&next_random(random).to_le_bytes());
+    }
+    noise
+}
+
 /// Writes for a time; all writes, by the time of their replies.
 ///
 /// # Errors
@@ -146,15 +163,9 @@ pub fn run(
     (duration, iops): (Duration, Option<u32>),
     origin: Instant,
 ) -> Result<Vec<Write>> {
-    let mut stream = UnixStream::connect(server.socket())?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let blocks = wire::negotiate(&mut stream, server.export())? / BLOCK_BYTES as u64;
+    let (mut stream, blocks) = connect(server)?;
     let mut random = seed;
-    let mut noise = Vec::with_capacity(NOISE_BYTES);
-    while noise.len() < NOISE_BYTES {
-        noise.extend_from_slice(&next_random(&mut random).to_le_bytes());
-    }
+    let noise = noise(&mut random);
     let mut flying = [(Duration::ZERO, 0_u64); DEPTH as usize];
     let mut free: Vec<u64> = (0..DEPTH).collect();
     let (mut outgoing, mut incoming) = (Vec::new(), vec![0; REPLY_BYTES * DEPTH as usize]);

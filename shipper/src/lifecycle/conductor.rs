@@ -203,7 +203,7 @@ impl Conductor {
         let spool = Spool::open(&state.spool())?;
         let disks = open_disks(&config, &vault)?;
         let board = Board::new(first_status(&config, &machine, &disks));
-        let board = Arc::new(board.counting(vault.store().counters()));
+        let board = Arc::new(board.counting(vault.store().counters(), config.prices));
         let context = Context {
             vault: vault.clone(),
             machine: config.machine.clone(),

@@ -13,6 +13,7 @@ use crate::keys::source::Access;
 use crate::quiesce::config::{QuiesceConfig, RawQuiesce};
 use crate::segment::codec::Codec;
 use crate::store::VaultUrl;
+use crate::store::prices::Prices;
 use crate::vault::layout::is_valid_name;
 
 /// Longest interval between recovery points.
@@ -46,6 +47,7 @@ struct RawConfig {
     resync_share_percent: Option<u64>,
     capture_rate: Option<String>,
     capture_share_percent: Option<u64>,
+    prices: Option<Prices>,
     quiesce: Option<RawQuiesce>,
     #[serde(default, rename = "disk")]
     disks: Vec<RawDisk>,
@@ -84,6 +86,8 @@ pub struct Config {
     pub throttle: Throttle,
     /// A disk of which more than this share waits to be shipped is resynchronized.
     pub resync_share_percent: u8,
+    /// What requests to the vault's store cost.
+    pub prices: Option<Prices>,
     /// What is brought to rest for a cut, and how often.
     pub quiesce: Option<QuiesceConfig>,
     /// The disks.
@@ -161,6 +165,7 @@ impl Config {
         let throttle = checked_throttle(&raw)?;
         Ok(Self {
             interval: parse_interval(&raw.interval)?,
+            prices: raw.prices.map(Prices::checked).transpose()?,
             quiesce: raw.quiesce.map(RawQuiesce::checked).transpose()?,
             disks: checked_disks(raw.disks)?,
             machine: raw.machine,

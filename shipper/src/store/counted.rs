@@ -98,6 +98,20 @@ pub struct Requests {
     pub credentials: Sum,
 }
 
+impl Requests {
+    /// All kinds, with the names that people and programs know them by.
+    pub fn kinds(&self) -> [(&'static str, Sum); 6] {
+        [
+            ("put", self.put),
+            ("get", self.get),
+            ("head", self.head),
+            ("list", self.list),
+            ("delete", self.delete),
+            ("credentials", self.credentials),
+        ]
+    }
+}
+
 /// Requests of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

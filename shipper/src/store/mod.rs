@@ -15,6 +15,8 @@ mod http;
 
 mod object;
 
+pub mod prices;
+
 mod probe;
 
 mod profile;
