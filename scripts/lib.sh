@@ -35,6 +35,7 @@ package_of() {
         pg_ctlcluster) echo postgresql ;;
         cc) echo "gcc libc6-dev" ;;
         node) echo nodejs ;;
+        borg) echo borgbackup ;;
         *) echo "$1" ;;
     esac
 }

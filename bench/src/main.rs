@@ -1,6 +1,7 @@
 //! Measures the tracker and its peers side by side: fresh server for each run, order rotated each
 //! round, one server twice as the noise floor, medians of ratios within a round. With `--cost`, what
-//! tracking costs, in the same way and in some others; with `--capture`, what recovery points cost.
+//! tracking costs, in the same way and in some others; with `--capture`, what recovery points cost; with
+//! `--vault`, what the vault does beside other programs for backups.
 
 mod capture;
 mod cost;
@@ -18,6 +19,7 @@ mod settings;
 mod statistics;
 mod summary;
 mod syscalls;
+mod vault;
 mod wire;
 
 use std::process::ExitCode;
@@ -51,6 +53,9 @@ fn run(settings: &Settings) -> Result<()> {
     }
     if settings.capture {
         return capture::run(settings);
+    }
+    if settings.vault {
+        return vault::run(settings);
     }
     let plan = settings.plan()?;
     let counter = settings.syscalls.then(Counter::find).transpose()?;

@@ -203,7 +203,7 @@ fn load_average() -> String {
 }
 
 /// What a reader needs to know of the machine.
-fn machine() -> Value {
+pub fn machine() -> Value {
     let first = |file: &str, key: &str| {
         let text = std::fs::read_to_string(file).unwrap_or_default();
         let line = text

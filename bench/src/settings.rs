@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::Result;
 use crate::job::{Job, JobKind};
 use crate::servers::{Image, ServerKind, Setup, is_installed};
+use crate::vault::Part;
 
 /// Seconds that a run takes besides its load: filling the image, starting and stopping, fio's own start.
 const OVERHEAD_SECONDS: f64 = 0.75;
@@ -64,6 +65,13 @@ pub struct Settings {
     /// With --capture: the guest writes so often a second, at a depth of 32 at most, instead of as often as it can
     #[arg(long, value_name = "IOPS", requires = "capture", value_parser = clap::value_parser!(u32).range(1..))]
     pub guest_iops: Option<u32>,
+    /// First copies of a disk of 8 GiB, copies of what has changed, and restores, on the last folder, beside restic, borg
+    /// and qemu-img. Needs --shipper and 25 GiB; takes --part, --rounds, --size-mib and --direct
+    #[arg(long, conflicts_with_all = ["quick", "cost", "capture", "jobs", "clients", "servers"], requires = "shipper")]
+    pub vault: bool,
+    /// Parts of --vault to measure; those of an earlier report of the same --name stay in it [default: all]
+    #[arg(long = "part", value_enum, requires = "vault")]
+    pub parts: Vec<Part>,
     /// The shipper program
     #[arg(long, value_name = "PATH")]
     pub shipper: Option<PathBuf>,

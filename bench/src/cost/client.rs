@@ -60,7 +60,22 @@ impl Client {
         version: Version,
         offsets: impl Iterator<Item = u64>,
     ) -> Result<()> {
-        self.send(Command::Write, bytes, Some(version), offsets)
+        let fill = |offset, bytes: &mut [u8]| pattern::fill(bytes, offset, version);
+        self.send(Command::Write, bytes, Some(fill), offsets)
+    }
+
+    /// Writes what `fill` makes for each of these offsets, so many bytes at each.
+    ///
+    /// # Errors
+    ///
+    /// The connection is lost, or the server answers with an error.
+    pub fn write_data(
+        &mut self,
+        bytes: usize,
+        offsets: impl Iterator<Item = u64>,
+        fill: impl Fn(u64, &mut [u8]),
+    ) -> Result<()> {
+        self.send(Command::Write, bytes, Some(fill), offsets)
     }
 
     /// Trims so many bytes at each of these offsets.
@@ -69,14 +84,14 @@ impl Client {
     ///
     /// The connection is lost, or the server answers with an error.
     pub fn trim(&mut self, bytes: usize, offsets: impl Iterator<Item = u64>) -> Result<()> {
-        self.send(Command::Trim, bytes, None, offsets)
+        self.send(Command::Trim, bytes, None::<fn(u64, &mut [u8])>, offsets)
     }
 
     fn send(
         &mut self,
         command: Command,
         bytes: usize,
-        version: Option<Version>,
+        fill: Option<impl Fn(u64, &mut [u8])>,
         offsets: impl Iterator<Item = u64>,
     ) -> Result<()> {
         let batch_requests = (BATCH_BYTES_MAX / bytes.max(1)).clamp(1, BATCH_REQUESTS_MAX);
@@ -84,10 +99,10 @@ impl Client {
         let (mut batch, mut count) = (Vec::new(), 0);
         for offset in offsets {
             batch.extend_from_slice(&wire::header(command, offset, offset, length));
-            if let Some(version) = version {
+            if let Some(fill) = &fill {
                 let begin = batch.len();
                 batch.resize(begin + bytes, 0);
-                pattern::fill(&mut batch[begin..], offset, version);
+                fill(offset, &mut batch[begin..]);
             }
             count += 1;
             if count == batch_requests {

@@ -1,12 +1,12 @@
 //! What tracking costs: the tracker against itself without a journal, the check after a power cut,
 //! and starts after a crash.
 
-mod client;
+pub mod client;
 pub mod counters;
 mod crash;
 pub mod protected;
 mod start;
-mod targets;
+pub mod targets;
 mod zipf;
 
 use std::time::Duration;

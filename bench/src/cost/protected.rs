@@ -93,6 +93,11 @@ impl Shipper {
         self.folder.join("state").join("shipper.sock")
     }
 
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits until it has nothing to do, with the tracker beside it.
     ///
     /// # Errors
@@ -144,6 +149,15 @@ impl Shipper {
     /// There is none, or the tracker does not hear of it.
     pub fn cut(&self, settings: &Settings, server: &Running) -> Result<()> {
         let point = self.cut_alone()?;
+        self.await_committed(settings, server, point)
+    }
+
+    /// Waits until the tracker knows that a recovery point is in the vault.
+    ///
+    /// # Errors
+    ///
+    /// It does not hear of it in time.
+    pub fn await_committed(&self, settings: &Settings, server: &Running, point: u64) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let status = counters::status(settings, server)?;

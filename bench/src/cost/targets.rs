@@ -64,7 +64,8 @@ pub struct Target {
 }
 
 impl Target {
-    fn new(name: String, bound: Option<Bound>, found: Option<Spread>, decimals: usize) -> Self {
+    /// What was found, if anything, to be shown with so many decimals.
+    pub fn new(name: String, bound: Option<Bound>, found: Option<Spread>, decimals: usize) -> Self {
         let reached = bound
             .zip(found.as_ref())
             .map(|(bound, spread)| bound.holds(spread));
@@ -131,7 +132,11 @@ pub fn of(
 
 /// The table.
 pub fn text(targets: &[Target]) -> String {
-    let title = "What tracking costs";
+    table("What tracking costs", targets)
+}
+
+/// A table of targets with a title.
+pub fn table(title: &str, targets: &[Target]) -> String {
     let names = targets.iter().map(|target| target.name.len());
     let width = names.max().unwrap_or(0).max(title.len());
     let mut text = format!(

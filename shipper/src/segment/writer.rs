@@ -3,8 +3,8 @@
 //! Order: header; frames as they come; directory and footer; sync. A file without its footer is
 //! none: the spool gives it its name only after [`SegmentWriter::finish`].
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -37,14 +37,20 @@ pub struct SegmentWriter {
 }
 
 impl SegmentWriter {
-    /// Begins a segment; a file that is there is written over.
+    /// Begins a segment. A file that is there goes: it is not written to, since the same file may be an object of
+    /// the vault by another name.
     ///
     /// # Errors
     ///
     /// The file cannot be made.
     pub fn create(path: &Path, seal: Arc<SegmentSeal>) -> Result<Self> {
         let failed = |error| Error::io(format!("Cannot write segment {}", path.display()), error);
-        let mut file = BufWriter::with_capacity(256 << 10, File::create(path).map_err(failed)?);
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        let created = File::create_new(path).map_err(failed)?;
+        let mut file = BufWriter::with_capacity(256 << 10, created);
         let header = Header::of(seal.owner().version());
         file.write_all(header.as_bytes()).map_err(failed)?;
         Ok(Self {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use object_store::local::LocalFileSystem;
 
+use super::Created;
 use super::failure::of_folder;
 use super::object::{ObjectStoreBacked, Place};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,8 +45,26 @@ pub(super) fn open(folder: &Path) -> Result<ObjectStoreBacked> {
     ObjectStoreBacked::new(Box::new(store), Place::Folder(folder.to_owned()))
 }
 
+/// Gives a durable file a second name as an object. `None`: it cannot have one, for example because it is on another file
+/// system, or because there is no folder for the object yet.
+pub(super) fn adopt(folder: &Path, key: &str, file: &Path) -> Result<Option<Created>> {
+    match std::fs::hard_link(file, folder.join(key)) {
+        Ok(()) => {
+            sync_parent(folder, key)?;
+            Ok(Some(Created::New))
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Some(Created::Exists)),
+        // What is wrong with the folder shows when the object is written.
+        Err(_) => Ok(None),
+    }
+}
+
 /// Makes the removal of an object durable: the library syncs what it writes, not what it removes.
 pub(super) fn sync_removal(folder: &Path, key: &str) -> Result<()> {
+    sync_parent(folder, key)
+}
+
+fn sync_parent(folder: &Path, key: &str) -> Result<()> {
     let path = folder.join(key);
     let Some(parent) = path.parent() else {
         return Ok(());

@@ -25,6 +25,7 @@ mod url;
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -65,6 +66,18 @@ pub trait Store: Send + Sync + Debug {
     /// After one that may pass, the object may have been stored all the same: who tries again and
     /// meets an object has to look whether it is the same.
     fn create(&self, key: &str, content: Bytes) -> Result<Created>;
+
+    /// Stores a file as an object unless one of this key exists, by giving it a second name. Durable when it returns.
+    /// `None`: there cannot be one here, and nothing was done. The file must be durable as it is, and nobody may
+    /// write to it any more.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Store::create`].
+    fn adopt(&self, key: &str, file: &Path) -> Result<Option<Created>> {
+        let _another_place = (key, file);
+        Ok(None)
+    }
 
     /// Stores an object in place of the one of this key, if there is one. A reader finds the old or
     /// the new content, never a part. Durable when it returns.
@@ -111,6 +124,27 @@ mod tests {
         std::fs::write(&file, "").unwrap();
         let error = VaultUrl::Folder(file).open().unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);
+    }
+
+    #[test]
+    fn a_file_becomes_an_object_where_there_is_none() {
+        let root = tempfile::tempdir().unwrap();
+        let store = VaultUrl::Folder(root.path().to_owned()).open().unwrap();
+        let file = root.path().join("file");
+        std::fs::write(&file, "content").unwrap();
+        // The folder of the key comes with the first object that is created in it.
+        assert_eq!(store.adopt("a/b", &file).unwrap(), None);
+        store.create("a/first", Bytes::from_static(b"1")).unwrap();
+        assert_eq!(store.adopt("a/b", &file).unwrap(), Some(Created::New));
+        assert_eq!(store.read("a/b", None).unwrap(), "content");
+        assert_eq!(
+            store.adopt("a/first", &file).unwrap(),
+            Some(Created::Exists)
+        );
+        assert_eq!(store.read("a/first", None).unwrap(), "1");
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(store.read("a/b", None).unwrap(), "content");
+        assert_eq!(store.adopt("a/c", &file).unwrap(), None);
     }
 
     #[test]

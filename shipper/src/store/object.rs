@@ -18,7 +18,7 @@
 
 use std::future::Future;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -295,6 +295,17 @@ impl Store for ObjectStoreBacked {
                 return Err(self.write_failed(key, *failure));
             }
         }
+    }
+
+    fn adopt(&self, key: &str, file: &Path) -> Result<Option<Created>> {
+        let Place::Folder(folder) = &self.place else {
+            return Ok(None);
+        };
+        let created = folder::adopt(folder, key, file)?;
+        if created == Some(Created::New) {
+            self.count(Kind::Put, file.metadata().map_or(0, |file| file.len()));
+        }
+        Ok(created)
     }
 
     fn replace(&self, key: &str, content: Bytes) -> Result<()> {

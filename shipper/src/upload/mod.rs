@@ -300,9 +300,15 @@ fn put_segment(context: &Context, put: &Put) -> Result<()> {
         // It was queued twice, and the first put has stored and removed it.
         return Ok(());
     }
-    let content = read_segment(&put.path, &put.segment)?;
     let store = context.vault.store();
-    match store.create(&put.key, content)? {
+    check_size(&put.path, &put.segment)?;
+    // A second name costs nothing, where store and spool are on one file system.
+    let adopted = store.adopt(&put.key, &put.path)?;
+    let created = match adopted {
+        Some(created) => created,
+        None => store.create(&put.key, read_segment(&put.path, &put.segment)?)?,
+    };
+    match created {
         Created::New => Ok(()),
         // Only the same segment leads to the same check.
         Created::Exists => {
@@ -316,17 +322,26 @@ fn put_segment(context: &Context, put: &Put) -> Result<()> {
 
 fn read_segment(path: &Path, segment: &SegmentRef) -> Result<Bytes> {
     let content = fs::read(path).map_err(|error| failed("read", path, error))?;
-    if content.len() as u64 != segment.bytes {
-        return Err(Error::new(
-            ErrorKind::Corrupt,
-            format!(
-                "Segment {} of the spool has {} bytes where {} are expected: stop the shipper, remove the \
-                 folder of this epoch, and start it again; its changes will be captured anew",
-                path.display(),
-                content.len(),
-                segment.bytes
-            ),
-        ));
-    }
+    has_size(path, segment, content.len() as u64)?;
     Ok(Bytes::from(content))
+}
+
+fn check_size(path: &Path, segment: &SegmentRef) -> Result<()> {
+    let metadata = fs::metadata(path).map_err(|error| failed("look at", path, error))?;
+    has_size(path, segment, metadata.len())
+}
+
+fn has_size(path: &Path, segment: &SegmentRef, bytes: u64) -> Result<()> {
+    if bytes == segment.bytes {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Corrupt,
+        format!(
+            "Segment {} of the spool has {bytes} bytes where {} are expected: stop the shipper, remove the \
+             folder of this epoch, and start it again; its changes will be captured anew",
+            path.display(),
+            segment.bytes
+        ),
+    ))
 }
