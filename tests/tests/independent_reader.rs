@@ -69,15 +69,10 @@ impl World {
         let mut site = Site::new(&SIZES);
         site.codec = codec.to_owned();
         let tracker = site.start_tracker();
-        site.write_config();
-        let url = site.vault_url();
-        let mut init = site.shipper_program();
         match encrypted {
-            true => init.args(site.init(&url)),
-            false => init.args(["init", &url, "--unencrypted"]),
-        };
-        run(&mut init).success();
-        site.shipper(&["protect"]).success();
+            true => site.protect(),
+            false => site.protect_plain(),
+        }
         let shipper = site.start_shipper();
         let mut world = Self {
             site,
