@@ -27,3 +27,6 @@ pub mod store;
 pub mod keys;
 
 pub mod status;
+
+#[cfg(test)]
+mod fuzz_tests;

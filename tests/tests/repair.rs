@@ -59,12 +59,12 @@ impl World {
         world
     }
 
-    /// Half of it compresses.
+    /// Half of it compresses, and no block is ever the same.
     fn content(&mut self, bytes: u64) -> Vec<u8> {
         let mut content = self.random.bytes(bytes as usize);
         for block in content.chunks_mut(8192) {
-            let half = block.len() / 2;
-            block[..half].fill(b'x');
+            let (half, front) = (block.len() / 2, 16.min(block.len()));
+            block[front..half.max(front)].fill(b'x');
         }
         content
     }
@@ -183,12 +183,14 @@ impl World {
         let shown: Value =
             serde_json::from_str(&self.site.shipper(&["points", "--json"]).success()).unwrap();
         for shown in shown.as_array().unwrap() {
-            let index = self
-                .points
-                .iter()
-                .position(|(point, _)| shown["epoch"] == **point);
-            let is_aside = points.contains(&index.unwrap());
-            assert_eq!(shown["set_aside"].is_string(), is_aside, "{shown}");
+            // The shipper makes one of its own after a scan.
+            let is_it = |(point, _): &(String, PathBuf)| shown["epoch"] == **point;
+            let index = self.points.iter().position(is_it);
+            let is_aside = index.is_some_and(|index| points.contains(&index));
+            assert!(
+                index.is_none() || shown["set_aside"].is_string() == is_aside,
+                "{shown}"
+            );
         }
         said
     }
