@@ -101,6 +101,23 @@ need_emulators() {
     fi
 }
 
+# need_python_reader FOLDER: a Python of its own for scripts/vault-restore.py, with its two packages at fixed versions.
+need_python_reader() {
+    local folder=$1 cryptography=50.0.2 zstandard=0.25.0
+    need python3
+    mkdir -p "$folder" || fail "cannot make $folder"
+    if [ "$(cat "$folder/reader/version" 2>/dev/null)" != "$cryptography $zstandard" ]; then
+        python3 -c 'import ensurepip, venv' 2>/dev/null || need_package python3-venv
+        say "Installing: cryptography $cryptography and zstandard $zstandard from PyPI"
+        rm -rf "$folder/reader"
+        python3 -m venv "$folder/reader" &&
+            "$folder/reader/bin/pip" install --quiet --disable-pip-version-check \
+                "cryptography==$cryptography" "zstandard==$zstandard" ||
+            fail "cannot install cryptography and zstandard from PyPI, by which scripts/vault-restore.py is tested"
+        echo "$cryptography $zstandard" >"$folder/reader/version"
+    fi
+}
+
 # need_package NAME...: packages that no command stands for.
 need_package() {
     have apt-get || fail "these packages are missing: $*. Install them by your distribution's means."

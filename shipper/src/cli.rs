@@ -113,6 +113,10 @@ pub enum Command {
         /// Read and check every byte, not the structure alone
         #[arg(long)]
         data: bool,
+        /// Bring back what is damaged or missing from the machine's disks and from what waits for upload, and set aside the
+        /// recovery points of which something stays lost; on the machine itself, while `shipper run` does not
+        #[arg(long, requires = "config")]
+        repair: bool,
     },
     /// Freeze, hold and thaw; `run` starts it
     #[command(hide = true)]
@@ -336,6 +340,24 @@ pub struct PlaceArguments {
 }
 
 impl PlaceArguments {
+    /// The configuration, with what the command line says of the secret.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is wrong.
+    pub fn config(&self) -> Result<Config> {
+        let missing = || {
+            Error::new(
+                ErrorKind::Invalid,
+                "This needs the configuration of the machine: --config FILE",
+            )
+        };
+        let path = self.config.as_deref().ok_or_else(missing)?;
+        let mut config = Config::load(path)?;
+        (_, config.access) = place(Some(path), None, &self.secret)?;
+        Ok(config)
+    }
+
     /// Opens the vault; returns the machine's name beside it.
     ///
     /// # Errors

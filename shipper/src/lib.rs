@@ -29,3 +29,5 @@ pub mod keys;
 pub mod status;
 
 pub mod metrics;
+#[cfg(test)]
+mod fuzz_tests;

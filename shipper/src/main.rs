@@ -22,13 +22,14 @@ use shipper::lifecycle::control::{ask_cut, ask_resync, ask_status};
 use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::protect;
 use shipper::metrics;
+use shipper::recovery::repair::{RepairOptions, repair};
 use shipper::recovery::restore::{RestoreOptions, restore};
 use shipper::recovery::verify::{VerifyOptions, verify};
 use shipper::store::VaultUrl;
 use shipper::upload::retry::Stop;
 use shipper::vault::keyring::Change;
 use shipper::vault::manifest::Consistency;
-use shipper::vault::{Protection, Vault};
+use shipper::vault::{Protection, Vault, aside};
 
 use cli::{Cli, Command, KeyCommand, SecretArguments, VaultArguments, parse_point};
 
@@ -99,9 +100,17 @@ fn carry_out(command: Command) -> Result<()> {
             let (vault, machine) = place.open()?;
             restore_disk(&vault, machine, point, disk, to)
         }
-        Command::Verify { place, data } => {
+        Command::Verify {
+            place,
+            data,
+            repair,
+        } => {
+            let set_aside = match repair {
+                true => repair_vault(&place.config()?, data)?,
+                false => 0,
+            };
             let (vault, machine) = place.open()?;
-            verify_vault(&vault, machine, data)
+            verify_vault(&vault, machine, data, set_aside)
         }
         Command::QuiesceGuard => shipper::quiesce::guard::run(),
         Command::QuiesceExec { words } => shipper::quiesce::become_command(&words),
@@ -249,9 +258,13 @@ fn resync(config: &Config, disk: Option<String>, cancel: bool) -> Result<()> {
 fn points(vault: &Vault, machine: &str, json: bool) -> Result<()> {
     let mut manifests = Vec::new();
     let mut damaged = 0;
+    let set_aside = aside::list(vault, machine)?;
     for epoch in vault.points(machine)? {
         match vault.manifest(machine, epoch) {
-            Ok(manifest) => manifests.push(show::Point::of(&manifest)),
+            Ok(manifest) => {
+                manifests.push(show::Point::of(&manifest, set_aside.get(&epoch)));
+            }
+            Err(_) if set_aside.contains_key(&epoch) => {}
             Err(error) => {
                 damaged += 1;
                 eprintln!("shipper: {}", error.chain());
@@ -263,6 +276,12 @@ fn points(vault: &Vault, machine: &str, json: bool) -> Result<()> {
     } else {
         show::points(&manifests)
     })?;
+    for (epoch, aside) in &set_aside {
+        eprintln!(
+            "shipper: Recovery point {epoch} is set aside: {}",
+            aside.why
+        );
+    }
     match damaged {
         0 => Ok(()),
         count => Err(Error::new(
@@ -303,18 +322,43 @@ fn restore_disk(
     ))
 }
 
-fn verify_vault(vault: &Vault, machine: String, data: bool) -> Result<()> {
+/// Repairs, says what was done, and returns how many recovery points were set aside.
+fn repair_vault(config: &Config, data: bool) -> Result<usize> {
+    let options = RepairOptions {
+        data,
+        threads: threads(),
+    };
+    let report = repair(config, options, &mut |line| eprintln!("{line}"))?;
+    let (aside, whole) = (report.set_aside.len(), report.whole_again.len());
+    print(&format!(
+        "{} objects repaired, {aside} recovery points set aside, {whole} whole again\n",
+        report.repaired
+    ))?;
+    Ok(aside)
+}
+
+fn verify_vault(vault: &Vault, machine: String, data: bool, set_aside: usize) -> Result<()> {
     let options = VerifyOptions {
         machine: Some(machine),
         data,
         threads: threads(),
     };
     let report = verify(vault, &options, &mut |problem| eprintln!("{problem}"))?;
+    let aside = match report.set_aside {
+        0 => String::new(),
+        count => format!(" and {count} that are set aside"),
+    };
     print(&format!(
-        "{} recovery points, {} segments, {} bytes read: {} problems\n",
+        "{} recovery points{aside}, {} segments, {} bytes read: {} problems\n",
         report.points, report.segments, report.bytes, report.problems
     ))?;
     match report.problems {
+        0 if set_aside > 0 => Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "{set_aside} recovery points were set aside: what they have lost could not be brought back"
+            ),
+        )),
         0 => Ok(()),
         count => Err(Error::new(
             ErrorKind::Corrupt,

@@ -12,6 +12,7 @@ use shipper::lifecycle::protect::Protection;
 use shipper::lifecycle::resync::ResyncAnswer;
 use shipper::status::{DiskStatus, Health, Phase, ResyncStage, Status};
 use shipper::store::counted::Requests;
+use shipper::vault::aside::Aside;
 use shipper::vault::manifest::{Consistency, Manifest};
 use tracker::extent::Epoch;
 
@@ -194,6 +195,8 @@ pub struct Point {
     consistency: Consistency,
     /// Why it is not consistent for applications, if that was tried.
     reason: Option<String>,
+    /// Why it is set aside, if it is.
+    set_aside: Option<String>,
     /// The disks.
     disks: Vec<PointDisk>,
 }
@@ -213,7 +216,7 @@ struct PointDisk {
 
 impl Point {
     /// A point from its manifest.
-    pub fn of(manifest: &Manifest) -> Self {
+    pub fn of(manifest: &Manifest, aside: Option<&Aside>) -> Self {
         let disk = |disk: &shipper::vault::manifest::DiskPoint| {
             let new = disk
                 .segments
@@ -237,6 +240,7 @@ impl Point {
             generation: manifest.generation,
             consistency: manifest.consistency,
             reason: manifest.reason.clone(),
+            set_aside: aside.map(|aside| aside.why.clone()),
             disks: manifest.disks.iter().map(disk).collect(),
         }
     }
@@ -283,10 +287,14 @@ pub fn points(points: &[Point]) -> String {
             (None, Consistency::Application) => "  application-consistent".to_owned(),
             (None, Consistency::Crash) => String::new(),
         };
+        let aside = match &point.set_aside {
+            Some(_) => "  SET ASIDE",
+            None => "",
+        };
         // Writing into a string cannot fail.
         let _written = writeln!(
             text,
-            "{}  {created}  {dirty:>10} blocks changed  {:>12} stored  {} disks{consistency}",
+            "{}  {created}  {dirty:>10} blocks changed  {:>12} stored  {} disks{consistency}{aside}",
             point.epoch,
             mebibytes(stored),
             point.disks.len()

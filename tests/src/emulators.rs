@@ -49,23 +49,10 @@ impl Emulator {
     /// It does not start, or is missing and required.
     pub fn start(protocol: Protocol) -> Option<Self> {
         let (name, path) = match protocol {
-            Protocol::S3 => ("moto", tools().join("moto/bin/moto_server")),
-            Protocol::Azure => (
-                "azurite",
-                tools().join("azurite/node_modules/.bin/azurite-blob"),
-            ),
+            Protocol::S3 => ("moto", "moto/bin/moto_server"),
+            Protocol::Azure => ("azurite", "azurite/node_modules/.bin/azurite-blob"),
         };
-        if !path.exists() {
-            let shown = path.display();
-            let required = std::env::var("TIDEMARK_EMULATORS").as_deref() == Ok("required");
-            assert!(
-                !required,
-                "{shown} is missing: scripts/test installs what tests need"
-            );
-            println!("LEFT OUT: {shown} is missing; scripts/test installs it");
-            return None;
-        }
-        let mut command = Command::new(path);
+        let mut command = Command::new(tool(path)?);
         match protocol {
             Protocol::S3 => command.args(["-H", "127.0.0.1", "-p", "0"]),
             Protocol::Azure => command.args([
@@ -147,6 +134,26 @@ impl Emulator {
             .map(|(name, value)| (name.to_owned(), value))
             .collect()
     }
+}
+
+/// A program among what `scripts/test` installs; `None` where it is not installed and need not be.
+///
+/// # Panics
+///
+/// It is missing and required.
+pub fn tool(path: &str) -> Option<PathBuf> {
+    let path = tools().join(path);
+    if path.exists() {
+        return Some(path);
+    }
+    let shown = path.display();
+    let required = std::env::var("TIDEMARK_EMULATORS").as_deref() == Ok("required");
+    assert!(
+        !required,
+        "{shown} is missing: scripts/test installs what tests need"
+    );
+    println!("LEFT OUT: {shown} is missing; scripts/test installs it");
+    None
 }
 
 /// Where `scripts/test` installs what is not a package of the distribution.

@@ -283,6 +283,15 @@ impl Site {
         self.shipper(&["protect"]).success();
     }
 
+    /// The same with a vault that is not encrypted.
+    #[track_caller]
+    pub fn protect_plain(&self) {
+        self.write_config();
+        let url = self.vault_url();
+        run(self.shipper_program().args(["init", &url, "--unencrypted"])).success();
+        self.shipper(&["protect"]).success();
+    }
+
     /// Starts `shipper run`.
     #[track_caller]
     pub fn start_shipper(&self) -> Daemon {

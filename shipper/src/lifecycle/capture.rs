@@ -135,20 +135,18 @@ impl Conductor {
             Error::new(ErrorKind::State, what)
         };
         let path = disk.preserve_file.as_ref().ok_or_else(nothing_kept)?;
+        // A scan has seen whatever changed before it began, unless it did not get to its end.
+        let scanned = self.scan.disk(name).filter(|scan| scan.is_complete());
+        let seen = scanned.map_or(Epoch::ZERO, |scan| scan.epoch);
         let newest = self.base.as_ref().map_or(Epoch::ZERO, |base| base.epoch);
-        if reader.state()?.sealed > newest {
+        if reader.state()?.sealed > newest.max(seen) {
             let what = format!(
                 "Changes of disk {name} up to epoch {} were taken over by somebody else: every block is compared",
                 reader.state()?.sealed
             );
             return Err(Error::new(ErrorKind::Mismatch, what).into());
         }
-        // A scan has seen whatever changed before it began, unless it did not get to its end.
-        let scanned = self.scan.disk(name).filter(|scan| scan.is_complete());
-        let after = reader
-            .state()?
-            .sealed
-            .max(scanned.map_or(Epoch::ZERO, |scan| scan.epoch));
+        let after = reader.state()?.sealed.max(seen);
         let place = Place {
             folder: folder.to_owned(),
             file: segment_file,

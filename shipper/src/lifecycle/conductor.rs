@@ -14,7 +14,7 @@
 //! Errors: a higher generation ends the shipper; everything else is noted on the board and tried
 //! again with growing pauses. Nothing here can be felt by a guest.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -103,6 +103,10 @@ pub struct Conductor {
     pub(super) tables: Option<Vec<Table>>,
     /// The newest recovery point, in the spool or in the vault: the next one follows it.
     pub(super) base: Option<Manifest>,
+    /// Disks of which the base lacks segments that the vault has lost.
+    pub(super) lacking: BTreeSet<String>,
+    /// The highest epoch that had a name in the vault at the start.
+    pub(super) named: Epoch,
     /// Disks whose blocks are all looked at, or are to be.
     pub(super) scan: ScanState,
     pub(super) probe: Probe,
@@ -232,6 +236,8 @@ impl Conductor {
             disks,
             tables: None,
             base: None,
+            lacking: BTreeSet::new(),
+            named: Epoch::ZERO,
             scan: ScanState::default(),
             probe: Probe::new(),
             link: None,
@@ -429,7 +435,8 @@ impl Conductor {
     /// The highest epoch that anything here is named by.
     pub(super) fn highest(&self) -> Epoch {
         let base = self.base.as_ref().map(|base| base.epoch);
-        base.max(self.scan.highest()).unwrap_or(Epoch::ZERO)
+        let known = base.max(self.scan.highest());
+        known.map_or(self.named, |known| known.max(self.named))
     }
 
     /// Queues a sealed epoch for upload.

@@ -107,6 +107,8 @@ impl Conductor {
     ) -> std::result::Result<(), Trouble> {
         let epoch = manifest.epoch;
         self.base = Some(manifest);
+        // What was lost is in the scans that it has taken over.
+        self.lacking.clear();
         self.scan.take_over(epoch);
         self.queue_epoch(epoch);
         for (index, disk) in captured.iter().enumerate() {

@@ -25,6 +25,8 @@ pub enum Reason {
     EveryBlock,
     /// A capture was larger than what may wait for upload.
     Overrun,
+    /// The vault has lost segments of the disk.
+    Lost,
     /// More waits to be shipped than the configured share of the disk.
     Share {
         /// What waited.
@@ -53,6 +55,7 @@ impl Reason {
             Self::WentBack => "went-back",
             Self::EveryBlock => "every-block",
             Self::Overrun => "overrun",
+            Self::Lost => "lost",
             Self::Share { .. } => "share",
             Self::Operator => "operator",
         }
@@ -74,6 +77,7 @@ impl fmt::Display for Reason {
             Self::WentBack => "the journal is older than the newest recovery point",
             Self::EveryBlock => "the tracker calls every block changed",
             Self::Overrun => "more has changed than may wait for upload",
+            Self::Lost => "the vault has lost a part of it",
             Self::Share {
                 waiting_bytes,
                 share_percent,
@@ -118,6 +122,7 @@ mod tests {
             Reason::WentBack,
             Reason::EveryBlock,
             Reason::Overrun,
+            Reason::Lost,
         ] {
             assert!(reason.is_necessary(), "{reason:?}");
         }

@@ -5,7 +5,8 @@
 //! | found | done |
 //! |---|---|
 //! | sealed epochs that follow each other and are whole | queued for upload |
-//! | one that is damaged, lacks a segment, follows none, or is of another generation | it and all after it are removed |
+//! | the newest recovery point is set aside | its manifest without lost segments is the base, or an older one where it cannot be read |
+//! | one that is damaged, names a lost segment, lacks a segment, follows none, or is of another generation | it and all after it are removed |
 //! | a scan that a sealed or published epoch has taken over | ended; a mark stays |
 //! | a scan that lacks a segment, or of another generation | begun anew; its fingerprints are forgotten |
 //! | a scan that was cancelled | its segments are for the next recovery point |
@@ -19,6 +20,7 @@
 //! | closed E, and E is not sealed here | given up; its changes are in the open epoch |
 //! | sealed E, and nothing at or after E is sealed or published here | the spool is lost: it takes the changes back |
 //! | another journal than the base's or one that is older, committed more than the base, every block changed after the base | every block of the disk is scanned |
+//! | the base lacks lost segments of a disk | every block of it is scanned |
 //! | every block changed after the scan began | the scan begins anew |
 //! | a disk is larger than the base's or the scan's | nothing: its journal calls what is new changed |
 //! | a disk is smaller | every block of it is scanned |
@@ -46,6 +48,7 @@ use crate::spool::segment_file;
 use crate::spool::table::Table;
 use crate::status::Part;
 use crate::upload::Job;
+use crate::vault::aside::Foundation;
 use crate::vault::manifest::{DiskPoint, Manifest};
 
 /// Cuts that are tried until the open epoch is above everything.
@@ -54,12 +57,20 @@ const CUTS_MAX: u32 = 8;
 impl Conductor {
     /// Finds out what is sealed and how far a scan is, and queues what waits for upload.
     pub(super) fn load(&mut self) -> Result<()> {
-        let published = self.vault.newest(&self.config.machine)?;
-        let mut base = published;
+        let mut found = Foundation::find(&self.vault, &self.config.machine)?;
+        let mut base = found.base.take();
+        self.lacking = std::mem::take(&mut found.lacking);
+        self.named = found.highest;
         let mut broken = false;
         for epoch in self.spool.epochs()? {
             let manifest = match self.spool_manifest(epoch) {
-                Ok((manifest, _)) if !broken && self.follows(&manifest, base.as_ref())? => manifest,
+                Ok((manifest, _))
+                    if !broken
+                        && !found.spoils(&manifest)
+                        && self.follows(&manifest, base.as_ref())? =>
+                {
+                    manifest
+                }
                 result => {
                     broken = true;
                     let why = result
@@ -75,6 +86,8 @@ impl Conductor {
             self.queue_epoch(epoch);
             if base.as_ref().is_none_or(|base| base.epoch < manifest.epoch) {
                 base = Some(manifest);
+                // It was made when what is lost had been shipped again.
+                self.lacking.clear();
             }
         }
         self.base = base;
@@ -375,6 +388,7 @@ impl Conductor {
             return Some(Reason::FirstCopy);
         };
         let fails = [
+            (self.lacking.contains(&served.name), Reason::Lost),
             (disk.journal != served.journal_id, Reason::OtherJournal),
             (disk.size_bytes > served.size_bytes, Reason::Smaller),
             (status.committed > base, Reason::PointLost),

@@ -21,7 +21,9 @@ use super::target::Target;
 use super::workers::{Failure, Numbers, data_threads, directory_threads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::segment::frame::{checked_part, damaged};
+use crate::segment::reference::segment_name;
 use crate::vault::Vault;
+use crate::vault::aside::{self, Aside, is_lost};
 use crate::vault::layout::is_valid_name;
 use crate::vault::manifest::{DiskPoint, Manifest};
 
@@ -80,7 +82,10 @@ pub fn restore(
     let disk = find_disk(&manifest, options.disk.as_deref())?;
     let target = Target::open(&options.target, disk.size_bytes)?;
     let segments = Segments::new(vault, &options.machine, disk);
-    let index = Index::read(&segments, options.threads)?;
+    let aside = find_aside(vault, &manifest, disk)?;
+    let index = Index::read(&segments, options.threads)
+        .and_then(|index| check_needed(index, &segments, aside.as_ref()))
+        .map_err(|error| of_aside(error, &manifest, aside.as_ref()))?;
     let data_bytes = bytes_of(&index, disk.size_bytes);
     progress(0, data_bytes);
     let is_blank = target.is_blank();
@@ -111,13 +116,71 @@ fn find_point(vault: &Vault, options: &RestoreOptions) -> Result<Manifest> {
         return Err(Error::new(ErrorKind::Invalid, what));
     }
     if let Some(epoch) = options.point {
-        return vault.manifest(machine, epoch);
+        return vault.manifest(machine, epoch).map_err(|error| {
+            match aside::read(vault, machine, epoch) {
+                Ok(aside) => why_aside(epoch, &aside).with_source(error),
+                Err(_) => error,
+            }
+        });
     }
     vault.newest(machine)?.ok_or_else(|| {
         let url = vault.url();
-        let what = format!("Machine {machine} has no recovery point in the vault at {url}");
+        let what = match vault.points(machine) {
+            Ok(points) if !points.is_empty() => format!(
+                "All {} recovery points of machine {machine} in the vault at {url} are set aside: name one, it may be \
+                 restored in part",
+                points.len()
+            ),
+            _ => format!("Machine {machine} has no recovery point in the vault at {url}"),
+        };
         Error::new(ErrorKind::Missing, what)
     })
+}
+
+/// Why the recovery point is set aside, if it is because of this disk.
+fn find_aside(vault: &Vault, manifest: &Manifest, disk: &DiskPoint) -> Result<Option<Aside>> {
+    match aside::read(vault, &manifest.machine, manifest.epoch) {
+        Ok(aside) => Ok(Some(aside).filter(|aside| aside.concerns(&disk.name))),
+        Err(error) if error.kind() == ErrorKind::Missing => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What was overwritten since is not missed: only what the disk needs counts.
+fn check_needed(index: Index, segments: &Segments<'_>, aside: Option<&Aside>) -> Result<Index> {
+    let needed = index.needed(segments.count());
+    let disk = segments.disk();
+    for (segment, _) in disk
+        .segments
+        .iter()
+        .zip(needed)
+        .filter(|(_, needed)| *needed)
+    {
+        if aside.is_some_and(|aside| aside.has_lost(&disk.name, segment.name)) {
+            let name = segment_name(&segment.name.0);
+            let what = format!(
+                "Disk {} needs segment {name}, of which data are lost",
+                disk.name
+            );
+            return Err(Error::new(ErrorKind::Corrupt, what));
+        }
+    }
+    Ok(index)
+}
+
+fn of_aside(error: Error, manifest: &Manifest, aside: Option<&Aside>) -> Error {
+    match aside {
+        Some(aside) if is_lost(&error) => why_aside(manifest.epoch, aside).with_source(error),
+        _ => error,
+    }
+}
+
+fn why_aside(epoch: Epoch, aside: &Aside) -> Error {
+    let what = format!(
+        "Recovery point {epoch} is set aside, restore another one: {}",
+        aside.why
+    );
+    Error::new(ErrorKind::Corrupt, what)
 }
 
 fn find_disk<'a>(manifest: &'a Manifest, name: Option<&str>) -> Result<&'a DiskPoint> {

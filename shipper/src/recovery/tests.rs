@@ -6,6 +6,8 @@ mod encrypted;
 
 mod fixture;
 
+mod plain;
+
 mod restores;
 
 mod site;

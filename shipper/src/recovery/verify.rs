@@ -22,9 +22,11 @@ use crate::segment::format::{Directory, HEADER_BYTES};
 use crate::segment::frame::damaged;
 use crate::segment::reader::{check_header, read_directory, tail_bytes};
 use crate::segment::reference::{NameField, SegmentRef};
+use crate::segment::seal::Owner;
+use crate::store::Store;
 use crate::vault::layout::{MACHINES_PREFIX, generation_of, is_valid_name};
 use crate::vault::manifest::{DiskPoint, Manifest};
-use crate::vault::{Vault, generation};
+use crate::vault::{Vault, aside, generation};
 
 /// All bytes are read, so there are no gaps.
 const LIMITS: Limits = Limits {
@@ -48,8 +50,10 @@ pub struct VerifyOptions {
 /// What was verified.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VerifyReport {
-    /// Recovery points.
+    /// Recovery points, without those that are set aside.
     pub points: u64,
+    /// Recovery points that are set aside. What is lost of them is no problem any more; it is not looked at.
+    pub set_aside: u64,
     /// Distinct segments that they name.
     pub segments: u64,
     /// Bytes that were read of these segments.
@@ -82,7 +86,7 @@ pub fn verify(
         if vault.keys().sealing().is_some() {
             catalog.claimed = Some(check_claims(vault, &machine, &mut problem)?);
         }
-        let points = catalog.read(vault, &machine, &mut problem)?;
+        let (points, set_aside) = catalog.read(vault, &machine, &mut problem)?;
         let task = Task {
             vault,
             machine: &machine,
@@ -92,6 +96,7 @@ pub fn verify(
         };
         task.run(&mut problem);
         report.points += points;
+        report.set_aside += set_aside;
         report.segments += catalog.segments.len() as u64;
         report.bytes += task.bytes.into_inner();
     }
@@ -242,15 +247,33 @@ struct Catalog {
 }
 
 impl Catalog {
-    /// Reads all manifests of a machine; returns how many there are.
+    /// Reads all manifests of a machine that are not set aside; returns how many these are, and how many the others.
     fn read(
         &mut self,
         vault: &Vault,
         machine: &str,
         problem: &mut dyn FnMut(String),
-    ) -> Result<u64> {
-        let points = vault.points(machine)?;
-        for epoch in &points {
+    ) -> Result<(u64, u64)> {
+        let mut points = vault.points(machine)?;
+        let mut set_aside = BTreeSet::new();
+        for (epoch, aside) in aside::list_each(vault, machine)? {
+            match aside {
+                Ok(aside) => drop(set_aside.insert(aside.epoch)),
+                Err(error) => problem(format!(
+                    "{}; it sets recovery point {epoch} aside",
+                    error.chain()
+                )),
+            }
+        }
+        let good: Vec<Epoch> = points
+            .iter()
+            .filter(|epoch| !set_aside.contains(*epoch))
+            .copied()
+            .collect();
+        // That one is gone was known when it was set aside.
+        points.extend(&set_aside);
+        points.sort_unstable();
+        for epoch in &good {
             let key = vault.manifest_key(machine, *epoch);
             match vault.manifest(machine, *epoch) {
                 Ok(manifest) => self.take(vault, &key, &manifest, &points, problem),
@@ -264,7 +287,7 @@ impl Catalog {
                 }
             }
         }
-        Ok(points.len() as u64)
+        Ok((good.len() as u64, set_aside.len() as u64))
     }
 
     fn take(
@@ -276,13 +299,11 @@ impl Catalog {
         problem: &mut dyn FnMut(String),
     ) {
         let (epoch, previous) = (manifest.epoch, manifest.previous);
-        let is_kept = points.binary_search(&previous).is_ok();
-        let is_older = points.first().is_some_and(|oldest| previous < *oldest);
         if previous >= epoch {
             problem(format!(
                 "Object {key} of the vault: it calls {previous} the one before it; affects recovery point {epoch}"
             ));
-        } else if !is_kept && !is_older {
+        } else if missing_before(manifest, points).is_some() {
             let missing = vault.manifest_key(&manifest.machine, previous);
             problem(format!(
                 "Object {missing} of the vault is missing: {key} names it as the one before it; \
@@ -341,6 +362,38 @@ impl Catalog {
             }
         }
     }
+}
+
+/// The point that a manifest calls the one before it, where that should be there and is not. `points` are in ascending order.
+pub(super) fn missing_before(manifest: &Manifest, points: &[Epoch]) -> Option<Epoch> {
+    let previous = manifest.previous;
+    let is_kept = points.binary_search(&previous).is_ok();
+    let is_older = points.first().is_some_and(|oldest| previous < *oldest);
+    (!is_kept && !is_older && previous < manifest.epoch).then_some(previous)
+}
+
+/// Looks at size, header, footer and directory of a segment.
+///
+/// # Errors
+///
+/// `Missing`, `Corrupt`: it is not what a manifest names. Other kinds: the store fails.
+pub(super) fn check_structure(
+    store: &dyn Store,
+    key: &str,
+    segment: &SegmentRef,
+    owner: &Owner,
+) -> Result<Directory> {
+    match store.size(key)? {
+        None => return Err(Error::new(ErrorKind::Missing, "it is missing")),
+        Some(size) if size != segment.bytes => {
+            let what = format!("it has {size} bytes instead of {}", segment.bytes);
+            return Err(damaged(key, &what));
+        }
+        Some(_) => {}
+    }
+    let header = store.read(key, Some(0..HEADER_BYTES as u64))?;
+    check_header(&header, key, owner)?;
+    read_directory(store, key, segment, owner)
 }
 
 /// The segments of a machine that are verified.
@@ -407,19 +460,8 @@ impl Task<'_> {
 
     fn check_structure(&self, named: &Named) -> Result<Directory> {
         let (key, segment) = (&*named.key, &named.segment);
-        let store = self.vault.store();
-        match store.size(key)? {
-            None => return Err(Error::new(ErrorKind::Missing, "it is missing")),
-            Some(size) if size != segment.bytes => {
-                let what = format!("it has {size} bytes instead of {}", segment.bytes);
-                return Err(named.error(&what));
-            }
-            Some(_) => {}
-        }
         let owner = self.vault.owner(self.machine, &named.disk);
-        let header = store.read(key, Some(0..HEADER_BYTES as u64))?;
-        check_header(&header, key, &owner)?;
-        let directory = read_directory(store, key, segment, &owner)?;
+        let directory = check_structure(self.vault.store(), key, segment, &owner)?;
         let read = HEADER_BYTES as u64 + tail_bytes(segment, &owner);
         self.bytes.fetch_add(read, Ordering::Relaxed);
         Ok(directory)

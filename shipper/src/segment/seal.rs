@@ -128,6 +128,23 @@ impl SegmentKey {
         self.key.open(nonce, &associated, &frame.check, stored)
     }
 
+    /// Seals compressed blocks in place as the frame that a directory describes. `None`: they are not those that were sealed for
+    /// it, and the bytes are zero then: under its nonce nothing else may ever be seen.
+    ///
+    /// # Errors
+    ///
+    /// The cipher fails.
+    pub fn seal_again(&self, frame: &Frame, stored: &mut [u8]) -> Result<Option<()>> {
+        let associated = self.of_frame(frame.number, frame.codec, frame.block_count);
+        let nonce = nonce(Domain::Frame, frame.number);
+        let tag = self.key.seal(nonce, &associated, stored)?;
+        if tag != frame.check {
+            stored.fill(0);
+            return Ok(None);
+        }
+        Ok(Some(()))
+    }
+
     /// Seals the text of a directory in place, and its tag behind it.
     ///
     /// # Errors

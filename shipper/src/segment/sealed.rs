@@ -211,3 +211,83 @@ fn parse(text: &[u8], frames_end: u64) -> std::result::Result<Directory, String>
     })?;
     Ok(directory)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The text of a directory: two frames, an extent of zeroes between those with data.
+    fn text() -> (Vec<u8>, u64) {
+        let frame = |number, block_count| SealedFrameEntry {
+            number,
+            stored_bytes: 100.into(),
+            block_count,
+            codec: 2,
+            reserved: [0; 5],
+            tag: [number.get() as u8; 16],
+        };
+        let extent = |first: u64, count: u32, frame: u32| ExtentEntry {
+            first_block: first.into(),
+            block_count: count.into(),
+            frame: frame.into(),
+            frame_block: 0.into(),
+            reserved: 0.into(),
+        };
+        let head = DirectoryHead {
+            frame_count: 2.into(),
+            extent_count: 3.into(),
+            data_blocks: 3.into(),
+            zero_blocks: 7.into(),
+            reserved: 0.into(),
+        };
+        let frames = [frame(1.into(), 1.into()), frame(0.into(), 2.into())];
+        let extents = [extent(2, 1, 0), extent(5, 7, u32::MAX), extent(20, 2, 1)];
+        let text = [
+            head.as_bytes(),
+            frames.as_bytes(),
+            extents.as_bytes(),
+            &[6; 48],
+        ]
+        .concat();
+        (text, HEADER_BYTES as u64 + 200)
+    }
+
+    #[test]
+    fn a_directory_is_read() {
+        let (text, end) = text();
+        let directory = parse(&text, end).unwrap();
+        let counts = (
+            directory.frames.len(),
+            directory.extents.len(),
+            directory.zero_blocks(),
+        );
+        assert_eq!(counts, (2, 3, 7));
+        assert!(parse(&text, end + 1).is_err());
+    }
+
+    proptest! {
+        /// A text under a right tag, as only somebody with the key can make it, is still judged.
+        #[test]
+        fn any_change_of_the_text_never_panics(
+            at in any::<prop::sample::Index>(), with in prop::collection::vec(any::<u8>(), 0..40), gone in 0usize..40,
+            end in 0u64..400,
+        ) {
+            let (whole, right) = text();
+            let at = at.index(whole.len());
+            let behind = (at + gone).min(whole.len());
+            let changed = [&whole[..at], &with, &whole[behind..]].concat();
+            for end in [end, right] {
+                if let Ok(directory) = parse(&changed, end) {
+                    let blocks: usize = directory.frames.iter().map(|frame| usize::from(frame.block_count)).sum();
+                    prop_assert_eq!(blocks, directory.fingerprints.len());
+                }
+            }
+        }
+
+        #[test]
+        fn garbage_never_panics(text in prop::collection::vec(any::<u8>(), 0..400), end: u64) {
+            let _judged = parse(&text, end);
+        }
+    }
+}

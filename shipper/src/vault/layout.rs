@@ -62,6 +62,21 @@ pub fn point_of(key: &str) -> Option<Epoch> {
     number(name).map(Epoch)
 }
 
+/// Where the records of the recovery points of a machine are that are set aside.
+pub fn aside_prefix(machine: &str) -> String {
+    format!("{MACHINES_PREFIX}/{machine}/aside")
+}
+
+/// The record of a recovery point that is set aside.
+pub fn aside_key(machine: &str, epoch: Epoch) -> String {
+    format!("{}/{epoch}", aside_prefix(machine))
+}
+
+/// The recovery point that a key sets aside.
+pub fn aside_of(key: &str) -> Option<Epoch> {
+    number(key.rsplit('/').next()?).map(Epoch)
+}
+
 /// A segment of a disk.
 pub fn segment_key(machine: &str, disk: &str, segment: &SegmentRef) -> String {
     let name = segment_name(&segment.name.0);
@@ -87,12 +102,13 @@ mod tests {
         #[test]
         fn numbers_round_trip(number: u64) {
             prop_assert_eq!(point_of(&manifest_key("m", Epoch(number))), Some(Epoch(number)));
+            prop_assert_eq!(aside_of(&aside_key("m", Epoch(number))), Some(Epoch(number)));
             prop_assert_eq!(generation_of(&generation_key("m", number)), Some(number));
         }
 
         #[test]
         fn other_texts_are_no_names(text in ".{0,70}") {
-            let _judged = (point_of(&text), generation_of(&text));
+            let _judged = (point_of(&text), generation_of(&text), aside_of(&text));
         }
     }
 }

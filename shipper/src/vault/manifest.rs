@@ -203,6 +203,26 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Whether the bytes are whole, and of this recovery point in an encrypted vault: what whole bytes do not decode, a newer
+    /// program has written.
+    pub fn is_authentic(bytes: &[u8], keys: &Keys, id: &PointId) -> bool {
+        let Ok((header, stored)) = Header::read_from_prefix(bytes) else {
+            return false;
+        };
+        match keys.sealing() {
+            None => header.check == keys.check(&[&header.as_bytes()[..CHECKED_BYTES], stored]),
+            Some(sealing) => {
+                let identity = identity(sealing, &id.machine, id.epoch);
+                let version = header.version.get();
+                let envelope = Envelope {
+                    version,
+                    ..envelope(sealing, &identity)
+                };
+                envelope.open(bytes).is_ok()
+            }
+        }
+    }
+
     fn decode_sealed(bytes: &[u8], sealing: &Sealing, id: &PointId) -> Result<Self, String> {
         let identity = identity(sealing, &id.machine, id.epoch);
         let text = envelope(sealing, &identity).open(bytes)?;

@@ -12,6 +12,8 @@ pub mod keyring;
 
 pub mod record;
 
+pub mod aside;
+
 mod open;
 
 use std::fmt;
@@ -353,13 +355,15 @@ impl Vault {
             .map_err(|what| damaged(&key, &what))
     }
 
-    /// The newest recovery point of a machine; `None` if it has none.
+    /// The newest recovery point of a machine that is not set aside; `None` if it has none.
     ///
     /// # Errors
     ///
-    /// The store cannot be read, or the newest manifest is damaged.
+    /// The store cannot be read, or the manifest is damaged.
     pub fn newest(&self, machine: &str) -> Result<Option<Manifest>> {
-        let newest = self.points(machine)?.pop();
+        let aside = aside::list(self, machine)?;
+        let points = self.points(machine)?.into_iter().rev();
+        let newest = points.into_iter().find(|epoch| !aside.contains_key(epoch));
         newest
             .map(|epoch| self.manifest(machine, epoch))
             .transpose()

@@ -219,5 +219,20 @@ mod tests {
         fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             prop_assert!(VaultFile::decode(Bytes::from(bytes), "x").is_err());
         }
+
+        #[test]
+        fn any_change_of_the_text_never_panics(
+            at in any::<prop::sample::Index>(), with in "[0-9a-z\"{}:,\\[\\]-]{0,12}", gone in 0usize..12,
+        ) {
+            for whole in [VaultFile::plain().unwrap(), VaultFile::sealed(Cipher::Aes256Gcm).unwrap()] {
+                let whole = &whole.bytes[..];
+                let at = at.index(whole.len());
+                let end = (at + gone).min(whole.len());
+                let changed = [&whole[..at], with.as_bytes(), &whole[end..]].concat();
+                if let Ok(file) = VaultFile::decode(Bytes::from(changed.clone()), "x") {
+                    prop_assert_eq!(&file.bytes[..], &changed[..]);
+                }
+            }
+        }
     }
 }

@@ -5,8 +5,11 @@ use std::path::Path;
 
 use super::fixture::{DISK_HASHES, fixture, folder, open, open_sealed};
 use super::site::{Content, MACHINE};
+use crate::keys::aead::{AeadKey, Cipher, Domain, nonce};
 use crate::keys::derive::hkdf;
 use crate::keys::hex;
+use crate::keys::secret::Secret;
+use crate::keys::slots::KeyTable;
 use crate::segment::reference::segment_name;
 use crate::vault::layout::{manifest_key, segment_key};
 use tracker::extent::Epoch;
@@ -15,6 +18,7 @@ const FORMAT: &str = include_str!("../../segment/format.rs");
 const REFERENCE: &str = include_str!("../../segment/reference.rs");
 const MANIFEST: &str = include_str!("../../vault/manifest.rs");
 const VAULT: &str = include_str!("../../vault/open.rs");
+const ASIDE: &str = include_str!("../../vault/aside.rs");
 const SEALED: &str = include_str!("../../segment/sealed.rs");
 const SEAL: &str = include_str!("../../segment/seal.rs");
 const ENVELOPE: &str = include_str!("../../keys/envelope.rs");
@@ -107,6 +111,8 @@ fn the_document_names_every_field() {
         ("## Manifest", MANIFEST, "Manifest"),
         ("## Manifest", MANIFEST, "DiskPoint"),
         ("## Manifest", REFERENCE, "SegmentRef"),
+        ("### Points that are set aside", ASIDE, "Aside"),
+        ("### Points that are set aside", ASIDE, "LostSegment"),
         ("## vault.json", VAULT, "PlainFile"),
         ("### vault.json of an encrypted vault", VAULT, "SealedFile"),
         ("### Key tables", SLOTS, "KeyTable"),
@@ -181,13 +187,74 @@ fn the_document_has_the_numbers_of_the_code() {
 
 /// A file as the document shows it.
 fn dump(path: &Path) -> String {
-    let bytes = fs::read(path).unwrap();
+    dump_bytes(&fs::read(path).unwrap())
+}
+
+fn dump_bytes(bytes: &[u8]) -> String {
     let mut text = String::new();
     for (offset, line) in (0..).step_by(16).zip(bytes.chunks(16)) {
         let digits: Vec<_> = line.iter().map(|byte| format!("{byte:02x}")).collect();
         text.push_str(&format!("    {offset:08x}  {}\n", digits.join(" ")));
     }
     text + &format!("    {:08x}\n", bytes.len())
+}
+
+/// What comes out of the slots on the way to the root key.
+fn slot_example() -> Vec<String> {
+    let table = fs::read_to_string(fixture("vault-3").join("keys/2")).unwrap();
+    let table = KeyTable::decode(table.as_bytes(), 2).unwrap();
+    let salt = |slot: usize| {
+        let digits = serde_json::to_value(&table.slots[slot]).unwrap()["salt"].clone();
+        crate::keys::from_hex::<16>(digits.as_str().unwrap()).unwrap()
+    };
+    let wrapping = |secret: &[u8; 32], slot: usize| {
+        hkdf(secret, &salt(slot), b"tidemark vault 2 key slot").unwrap()
+    };
+    let cost = argon2::Params::new(65536, 3, 1, Some(32)).unwrap();
+    let argon2 = argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, cost);
+    let mut stretched = [0; 32];
+    let passphrase = b"correct horse battery staple";
+    argon2
+        .hash_password_into(passphrase, &salt(1), &mut stretched)
+        .unwrap();
+    let key_file: Vec<u8> = (0xa0..0xc0).collect();
+    let key_file = key_file.try_into().unwrap();
+    vec![
+        format!(
+            "W of the first slot     {}",
+            hex(wrapping(&key_file, 0).bytes())
+        ),
+        format!("S of the passphrase     {}", hex(&stretched)),
+        format!(
+            "W of the second slot    {}",
+            hex(wrapping(&stretched, 1).bytes())
+        ),
+    ]
+}
+
+/// The texts of the first segment: its directory, and its only frame.
+fn opened_example(object: &[u8], key: &Secret<32>, identity: &str) -> [Vec<u8>; 2] {
+    let key = AeadKey::new(Cipher::Aes256Gcm, key).unwrap();
+    let (sealed, footer) = object.split_at(object.len() - 64);
+    let open = |domain, stored: &[u8], tag: &[u8], behind: &[u8]| {
+        let mut text = stored.to_vec();
+        let associated = [identity.as_bytes(), behind].concat();
+        let tag = tag.try_into().unwrap();
+        key.open(nonce(domain, 0), &associated, &tag, &mut text)
+            .unwrap();
+        text
+    };
+    let (directory, tag) = sealed[0x57..].split_at(sealed.len() - 0x57 - 16);
+    let behind = [&[2, 0, 0, 0, 0, 0, 0, 0], footer].concat();
+    let directory = open(Domain::Directory, directory, tag, &behind);
+    let frame = &object[16..0x57];
+    let frame = open(
+        Domain::Frame,
+        frame,
+        &directory[48..64],
+        &[1, 2, 4, 0, 0, 0, 0, 0],
+    );
+    [directory, frame]
 }
 
 /// What the document shows of the encrypted vault: its files, and what comes out on the way to a directory.
@@ -206,6 +273,15 @@ fn sealed_example() -> Vec<String> {
     let name = segment_name(&segment.name.0);
     let identity = sealing.identity("segment", &[MACHINE, "disk", &name]);
     let key = hkdf(sealing.segments.bytes(), &salt, identity.as_bytes()).unwrap();
+    let [directory, frame] = opened_example(&object, &key, &identity);
+    let point = fs::read(root.join(&manifest_key)).unwrap();
+    let of_point = sealing.identity("manifest", &[MACHINE, "0000000000000001"]);
+    let point_key = hkdf(
+        sealing.manifests.bytes(),
+        &point[16..48],
+        of_point.as_bytes(),
+    )
+    .unwrap();
     let read = |key: &str| fs::read_to_string(root.join(key)).unwrap();
     let indented = |text: String| {
         let lines: Vec<_> = text.lines().map(|line| format!("    {line}\n")).collect();
@@ -230,13 +306,17 @@ fn sealed_example() -> Vec<String> {
         format!("    {}\n", identity.replace('\n', "\\n")),
         format!("key of the segment      {}", hex(key.bytes())),
         serde_json::to_string(segment).unwrap(),
+        format!("    {}\n", of_point.replace('\n', "\\n")),
+        format!("key of the manifest     {}", hex(point_key.bytes())),
+        dump_bytes(&directory),
+        dump_bytes(&frame),
     ]
 }
 
 #[test]
 fn the_second_example_is_the_encrypted_vault() {
     let example = section("## Example of an encrypted vault");
-    for text in sealed_example() {
+    for text in sealed_example().into_iter().chain(slot_example()) {
         assert!(example.contains(&text), "the example lacks:\n{text}");
     }
 }

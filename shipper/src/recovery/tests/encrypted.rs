@@ -12,13 +12,15 @@ use crate::recovery::restore::restore;
 use crate::recovery::verify::{VerifyOptions, verify};
 use crate::segment::codec::Codec;
 use crate::vault::Vault;
+use crate::vault::aside::{self, Aside};
+use tracker::extent::Epoch;
 
 fn site() -> Site {
     Site::sealed(Cipher::preferred())
 }
 
 /// All objects of the vault, with paths below it.
-fn objects(site: &Site) -> Vec<(PathBuf, String)> {
+pub fn objects(site: &Site) -> Vec<(PathBuf, String)> {
     let root = site.path("vault");
     let mut found = Vec::new();
     files_below(&root, &mut found);
@@ -35,7 +37,7 @@ fn objects(site: &Site) -> Vec<(PathBuf, String)> {
 }
 
 /// What an open and a verification of all data find wrong with a machine.
-fn problems(site: &Site) -> Vec<String> {
+pub fn problems(site: &Site) -> Vec<String> {
     let options = VerifyOptions {
         machine: Some(MACHINE.to_owned()),
         data: true,
@@ -49,13 +51,24 @@ fn problems(site: &Site) -> Vec<String> {
 }
 
 /// A restore of a point by a newly opened vault.
-fn restored(site: &Site, point: u64) -> Result<Vec<u8>> {
+pub fn restored(site: &Site, point: u64) -> Result<Vec<u8>> {
     let vault = Vault::open(site.vault.url(), &site.access())?;
     let options = site.options(Some(point), "restored");
     restore(&vault, &options, &|_, _| {})?;
     let found = fs::read(&options.target).unwrap();
     fs::remove_file(&options.target).unwrap();
     Ok(found)
+}
+
+/// Sets a third point aside, of which not even a manifest is left.
+pub fn set_aside(site: &Site) {
+    let record = Aside {
+        epoch: Epoch(3),
+        why: "Its manifest is gone".to_owned(),
+        created: jiff::Timestamp::UNIX_EPOCH,
+        lost: Vec::new(),
+    };
+    aside::write(&site.vault, MACHINE, &record).unwrap();
 }
 
 #[test]
@@ -81,9 +94,10 @@ fn both_ciphers_restore_and_verify() {
 fn every_changed_byte_of_every_object_is_found_and_named() {
     let site = site();
     let disks = fill(&site);
+    set_aside(&site);
     let objects = objects(&site);
-    // The vault's own file, a key table, a claim, two manifests, three segments.
-    assert_eq!(objects.len(), 8, "{objects:?}");
+    // The vault's own file, a key table, a claim, a record, two manifests, three segments.
+    assert_eq!(objects.len(), 9, "{objects:?}");
     for (path, key) in objects {
         let whole = fs::read(&path).unwrap();
         for at in 0..whole.len() {
@@ -131,6 +145,7 @@ fn every_removed_object_is_found_and_named() {
 fn every_object_in_the_place_of_another_is_found_and_named() {
     let site = site();
     let disks = fill(&site);
+    set_aside(&site);
     let objects = objects(&site);
     for (path, key) in &objects {
         let whole = fs::read(path).unwrap();
