@@ -4,6 +4,8 @@ mod ask;
 
 mod cli;
 
+mod retain;
+
 mod show;
 
 use std::io::{IsTerminal, Write};
@@ -27,7 +29,7 @@ use shipper::store::VaultUrl;
 use shipper::upload::retry::Stop;
 use shipper::vault::keyring::Change;
 use shipper::vault::manifest::Consistency;
-use shipper::vault::{Protection, Vault};
+use shipper::vault::{self, Protection, Vault};
 
 use cli::{Cli, Command, KeyCommand, SecretArguments, VaultArguments, parse_point};
 
@@ -97,6 +99,28 @@ fn carry_out(command: Command) -> Result<()> {
         Command::Verify { place, data } => {
             let (vault, machine) = place.open()?;
             verify_vault(&vault, machine, data)
+        }
+        Command::Prune {
+            config,
+            dry_run,
+            json,
+        } => retain::prune(&config.load()?, dry_run, json),
+        Command::Pin {
+            place,
+            point,
+            reason,
+            label,
+        } => {
+            let (vault, machine) = place.open()?;
+            retain::pin(&vault, &machine, parse_point(&point)?, reason, &label)
+        }
+        Command::Unpin {
+            place,
+            point,
+            reason,
+        } => {
+            let (vault, machine) = place.open()?;
+            retain::unpin(&vault, &machine, parse_point(&point)?, reason)
         }
         Command::QuiesceGuard => shipper::quiesce::guard::run(),
         Command::QuiesceExec { words } => shipper::quiesce::become_command(&words),
@@ -244,9 +268,16 @@ fn resync(config: &Config, disk: Option<String>, cancel: bool) -> Result<()> {
 fn points(vault: &Vault, machine: &str, json: bool) -> Result<()> {
     let mut manifests = Vec::new();
     let mut damaged = 0;
-    for epoch in vault.points(machine)? {
-        match vault.manifest(machine, epoch) {
-            Ok(manifest) => manifests.push(show::Point::of(&manifest)),
+    let epochs = vault.points(machine)?;
+    let pins = vault::pin::list(vault, machine)?;
+    for epoch in epochs {
+        match vault.read_manifest(machine, epoch) {
+            Ok(manifest) => {
+                let aside = vault::pin::aside(vault, machine, epoch)?;
+                manifests.push(show::Point::of(&manifest, &pins, aside));
+            }
+            // Retention has removed it a moment ago.
+            Err(error) if error.kind() == ErrorKind::Missing => {}
             Err(error) => {
                 damaged += 1;
                 eprintln!("shipper: {}", error.chain());

@@ -5,7 +5,9 @@
 //! | found | done |
 //! |---|---|
 //! | sealed epochs that follow each other and are whole | queued for upload |
-//! | one that is damaged, lacks a segment, follows none, or is of another generation | it and all after it are removed |
+//! | one that was published, and that retention has removed since | released |
+//! | one that is damaged, lacks a segment, follows none, is of another generation, or whose number is taken | it and all after it are removed |
+//! | a point of our generation in the vault that was never published from here | fenced: this folder is an old copy, or a copy of it is at work |
 //! | a scan that a sealed or published epoch has taken over | ended; a mark stays |
 //! | a scan that lacks a segment, or of another generation | begun anew; its fingerprints are forgotten |
 //! | a scan that was cancelled | its segments are for the next recovery point |
@@ -52,12 +54,21 @@ use crate::vault::manifest::{DiskPoint, Manifest};
 const CUTS_MAX: u32 = 8;
 
 impl Conductor {
-    /// Finds out what is sealed and how far a scan is, and queues what waits for upload.
-    pub(super) fn load(&mut self) -> Result<()> {
+    /// Finds out what is sealed and how far a scan is, and queues what waits for upload. The number `taken`, and
+    /// those after it, are given up.
+    pub(super) fn load(&mut self, taken: Option<Epoch>) -> Result<()> {
         let published = self.vault.newest(&self.config.machine)?;
+        self.check_is_known(published.as_ref())?;
+        self.raise_floor()?;
         let mut base = published;
         let mut broken = false;
         for epoch in self.spool.epochs()? {
+            if self.is_removed(epoch)? && !broken {
+                // Its fingerprints may not be durable: it is released like any other.
+                self.unreleased.push_back((epoch, true));
+                continue;
+            }
+            broken |= taken.is_some_and(|taken| epoch >= taken);
             let manifest = match self.spool_manifest(epoch) {
                 Ok((manifest, _)) if !broken && self.follows(&manifest, base.as_ref())? => manifest,
                 result => {

@@ -113,7 +113,7 @@ fn find_point(vault: &Vault, options: &RestoreOptions) -> Result<Manifest> {
     if let Some(epoch) = options.point {
         return vault.manifest(machine, epoch);
     }
-    vault.newest(machine)?.ok_or_else(|| {
+    vault.newest_good(machine)?.ok_or_else(|| {
         let url = vault.url();
         let what = format!("Machine {machine} has no recovery point in the vault at {url}");
         Error::new(ErrorKind::Missing, what)

@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -22,6 +23,7 @@ use crate::segment::format::{Directory, HEADER_BYTES};
 use crate::segment::frame::damaged;
 use crate::segment::reader::{check_header, read_directory, tail_bytes};
 use crate::segment::reference::{NameField, SegmentRef};
+use crate::vault::boundary::Boundary;
 use crate::vault::layout::{MACHINES_PREFIX, generation_of, is_valid_name};
 use crate::vault::manifest::{DiskPoint, Manifest};
 use crate::vault::{Vault, generation};
@@ -237,6 +239,8 @@ struct Catalog {
     segments: Vec<Named>,
     /// The highest generation that is claimed, where that counts.
     claimed: Option<u64>,
+    /// The newest boundary.
+    boundary: Option<Arc<Boundary>>,
     /// Positions by disk and name.
     positions: HashMap<String, HashMap<NameField, usize>>,
 }
@@ -250,9 +254,19 @@ impl Catalog {
         problem: &mut dyn FnMut(String),
     ) -> Result<u64> {
         let points = vault.points(machine)?;
+        self.boundary = vault.boundary(machine)?;
+        for epoch in self.boundary.iter().flat_map(|boundary| &boundary.kept) {
+            let missing = vault.manifest_key(machine, *epoch);
+            // One that came after the listing is there by now.
+            if points.binary_search(epoch).is_err() && vault.store().size(&missing)?.is_none() {
+                problem(format!(
+                    "Object {missing} of the vault is missing: it was not removed by retention; affects recovery point {epoch}"
+                ));
+            }
+        }
         for epoch in &points {
             let key = vault.manifest_key(machine, *epoch);
-            match vault.manifest(machine, *epoch) {
+            match vault.read_manifest(machine, *epoch) {
                 Ok(manifest) => self.take(vault, &key, &manifest, &points, problem),
                 Err(error) => {
                     let what = error.chain();
@@ -276,7 +290,10 @@ impl Catalog {
         problem: &mut dyn FnMut(String),
     ) {
         let (epoch, previous) = (manifest.epoch, manifest.previous);
-        let is_kept = points.binary_search(&previous).is_ok();
+        // What retention has removed, or keeps, was looked at already.
+        let is_decided =
+            (self.boundary.as_ref()).is_some_and(|boundary| boundary.keeps(previous).is_some());
+        let is_kept = is_decided || points.binary_search(&previous).is_ok();
         let is_older = points.first().is_some_and(|oldest| previous < *oldest);
         if previous >= epoch {
             problem(format!(
