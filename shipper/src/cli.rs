@@ -11,6 +11,7 @@ use shipper::keys::source::{
 use shipper::lifecycle::config::Config;
 use shipper::vault::Vault;
 use shipper::vault::layout::is_valid_name;
+use shipper::vault::pin::PinReason;
 use tracker::extent::Epoch;
 
 use crate::ask;
@@ -117,6 +118,42 @@ pub enum Command {
         /// recovery points of which something stays lost; on the machine itself, while `shipper run` does not
         #[arg(long, requires = "config")]
         repair: bool,
+    },
+    /// Remove the recovery points that [retention] in the configuration does not keep, and what only they need
+    Prune {
+        #[command(flatten)]
+        config: ConfigArgument,
+        /// Say what would go, and remove nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Hold a recovery point against retention
+    Pin {
+        #[command(flatten)]
+        place: PlaceArguments,
+        /// Number of the recovery point, or `latest`
+        #[arg(long, value_name = "EPOCH")]
+        point: String,
+        /// Why: hold, drill or failover
+        #[arg(long, value_name = "REASON", default_value = "hold")]
+        reason: PinReason,
+        /// What it is called, for people
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        label: String,
+    },
+    /// Take the pins of a recovery point back
+    Unpin {
+        #[command(flatten)]
+        place: PlaceArguments,
+        /// Number of the recovery point
+        #[arg(long, value_name = "EPOCH")]
+        point: String,
+        /// Those for this reason alone
+        #[arg(long, value_name = "REASON")]
+        reason: Option<PinReason>,
     },
     /// Freeze, hold and thaw; `run` starts it
     #[command(hide = true)]

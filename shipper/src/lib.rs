@@ -28,6 +28,6 @@ pub mod keys;
 
 pub mod status;
 
-pub mod metrics;
 #[cfg(test)]
 mod fuzz_tests;
+pub mod metrics;

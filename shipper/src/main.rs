@@ -4,6 +4,8 @@ mod ask;
 
 mod cli;
 
+mod retain;
+
 mod show;
 
 use std::io::{IsTerminal, Write};
@@ -29,7 +31,7 @@ use shipper::store::VaultUrl;
 use shipper::upload::retry::Stop;
 use shipper::vault::keyring::Change;
 use shipper::vault::manifest::Consistency;
-use shipper::vault::{Protection, Vault, aside};
+use shipper::vault::{Protection, Vault, aside, pin};
 
 use cli::{Cli, Command, KeyCommand, SecretArguments, VaultArguments, parse_point};
 
@@ -111,6 +113,28 @@ fn carry_out(command: Command) -> Result<()> {
             };
             let (vault, machine) = place.open()?;
             verify_vault(&vault, machine, data, set_aside)
+        }
+        Command::Prune {
+            config,
+            dry_run,
+            json,
+        } => retain::prune(&config.load()?, dry_run, json),
+        Command::Pin {
+            place,
+            point,
+            reason,
+            label,
+        } => {
+            let (vault, machine) = place.open()?;
+            retain::pin(&vault, &machine, parse_point(&point)?, reason, &label)
+        }
+        Command::Unpin {
+            place,
+            point,
+            reason,
+        } => {
+            let (vault, machine) = place.open()?;
+            retain::unpin(&vault, &machine, parse_point(&point)?, reason)
         }
         Command::QuiesceGuard => shipper::quiesce::guard::run(),
         Command::QuiesceExec { words } => shipper::quiesce::become_command(&words),
@@ -258,12 +282,15 @@ fn resync(config: &Config, disk: Option<String>, cancel: bool) -> Result<()> {
 fn points(vault: &Vault, machine: &str, json: bool) -> Result<()> {
     let mut manifests = Vec::new();
     let mut damaged = 0;
-    let set_aside = aside::list(vault, machine)?;
-    for epoch in vault.points(machine)? {
-        match vault.manifest(machine, epoch) {
+    let epochs = vault.points(machine)?;
+    let (pins, set_aside) = (pin::list(vault, machine)?, aside::list(vault, machine)?);
+    for epoch in epochs {
+        match vault.read_manifest(machine, epoch) {
             Ok(manifest) => {
-                manifests.push(show::Point::of(&manifest, set_aside.get(&epoch)));
+                manifests.push(show::Point::of(&manifest, &pins, set_aside.get(&epoch)));
             }
+            // Retention has removed it a moment ago.
+            Err(error) if error.kind() == ErrorKind::Missing => {}
             Err(_) if set_aside.contains_key(&epoch) => {}
             Err(error) => {
                 damaged += 1;

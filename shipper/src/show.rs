@@ -10,10 +10,12 @@ use shipper::lifecycle::config::Config;
 use shipper::lifecycle::progress::Outcome;
 use shipper::lifecycle::protect::Protection;
 use shipper::lifecycle::resync::ResyncAnswer;
-use shipper::status::{DiskStatus, Health, Phase, ResyncStage, Status};
+use shipper::status::{DiskStatus, Health, Phase, ResyncStage, RetentionStatus, Status};
 use shipper::store::counted::Requests;
 use shipper::vault::aside::Aside;
 use shipper::vault::manifest::{Consistency, Manifest};
+use shipper::vault::pin::{Pin, PinReason};
+use shipper::vault::prune::{Removed, Report};
 use tracker::extent::Epoch;
 
 /// A value as indented JSON.
@@ -97,6 +99,7 @@ pub fn status(status: &Status) -> String {
             shown_time(point.created)
         ));
     }
+    text.push_str(&retention(status.retention.as_ref()));
     for (part, problem) in &status.problems {
         text.push_str(&format!("trouble with the {part:?}: {problem}\n"));
     }
@@ -109,6 +112,56 @@ pub fn status(status: &Status) -> String {
             mebibytes(disk.waiting_bytes),
         ));
         text.push_str(&resync_status(disk));
+    }
+    text
+}
+
+/// What `status` says of retention.
+fn retention(retention: Option<&RetentionStatus>) -> String {
+    let Some(shown) = retention else {
+        return String::new();
+    };
+    let last = match shown.last_pass {
+        None => "not looked at yet".to_owned(),
+        Some(time) => format!(
+            "looked at {}, {} points kept",
+            shown_time(time),
+            shown.kept_points
+        ),
+    };
+    format!(
+        "retention: {}; {last}; {} points and {} segments removed, {}; {} segments wait for their grace period\n",
+        shown.policy,
+        shown.removed_points,
+        shown.removed_objects,
+        mebibytes(shown.removed_bytes),
+        shown.leaving_objects
+    )
+}
+
+/// What `prune` says.
+pub fn pruned(report: &Report, removed: Option<Removed>, tense: &str) -> String {
+    let mut text = String::new();
+    for point in &report.points {
+        let what = if point.keep { "stays" } else { "goes" };
+        let created = point.created.map_or_else(String::new, shown_time);
+        text.push_str(&format!(
+            "{}  {created:20}  {what:5}  {}\n",
+            point.epoch, point.reason
+        ));
+    }
+    let (objects, bytes) = match removed {
+        Some(removed) => (removed.objects, removed.bytes),
+        None => (report.freed_objects, report.freed_bytes),
+    };
+    text.push_str(&format!(
+        "{} of {} points go; {objects} segments, {}, {tense} removed\n",
+        report.removed_points,
+        report.points.len(),
+        mebibytes(bytes)
+    ));
+    if let Some(why) = &report.held_back {
+        text.push_str(&format!("{why}\n"));
     }
     text
 }
@@ -195,10 +248,40 @@ pub struct Point {
     consistency: Consistency,
     /// Why it is not consistent for applications, if that was tried.
     reason: Option<String>,
+    /// Who holds it.
+    pins: Vec<PointPin>,
     /// Why it is set aside, if it is.
     set_aside: Option<String>,
     /// The disks.
     disks: Vec<PointDisk>,
+}
+
+/// A pin of a recovery point.
+#[derive(Debug, Serialize)]
+struct PointPin {
+    id: String,
+    reason: Option<PinReason>,
+    label: String,
+    created: Option<jiff::Timestamp>,
+}
+
+impl PointPin {
+    fn of(pin: &Pin) -> Self {
+        Self {
+            id: pin.id.clone(),
+            reason: pin.reason,
+            label: pin.label.clone(),
+            created: pin.created,
+        }
+    }
+
+    fn text(&self) -> String {
+        let reason = self.reason.map_or("unreadable", PinReason::name);
+        match self.label.is_empty() {
+            true => format!("  pinned: {reason}"),
+            false => format!("  pinned: {reason} ({})", self.label),
+        }
+    }
 }
 
 /// A disk of a recovery point.
@@ -215,8 +298,9 @@ struct PointDisk {
 }
 
 impl Point {
-    /// A point from its manifest.
-    pub fn of(manifest: &Manifest, aside: Option<&Aside>) -> Self {
+    /// A point from its manifest, with the pins that are its, and why it is set aside.
+    pub fn of(manifest: &Manifest, pins: &[Pin], aside: Option<&Aside>) -> Self {
+        let its = pins.iter().filter(|pin| pin.epoch == manifest.epoch);
         let disk = |disk: &shipper::vault::manifest::DiskPoint| {
             let new = disk
                 .segments
@@ -241,6 +325,7 @@ impl Point {
             consistency: manifest.consistency,
             reason: manifest.reason.clone(),
             set_aside: aside.map(|aside| aside.why.clone()),
+            pins: its.map(PointPin::of).collect(),
             disks: manifest.disks.iter().map(disk).collect(),
         }
     }
@@ -287,6 +372,7 @@ pub fn points(points: &[Point]) -> String {
             (None, Consistency::Application) => "  application-consistent".to_owned(),
             (None, Consistency::Crash) => String::new(),
         };
+        let held: String = point.pins.iter().map(PointPin::text).collect();
         let aside = match &point.set_aside {
             Some(_) => "  SET ASIDE",
             None => "",
@@ -294,7 +380,7 @@ pub fn points(points: &[Point]) -> String {
         // Writing into a string cannot fail.
         let _written = writeln!(
             text,
-            "{}  {created}  {dirty:>10} blocks changed  {:>12} stored  {} disks{consistency}{aside}",
+            "{}  {created}  {dirty:>10} blocks changed  {:>12} stored  {} disks{consistency}{held}{aside}",
             point.epoch,
             mebibytes(stored),
             point.disks.len()

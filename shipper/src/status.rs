@@ -29,6 +29,8 @@ pub enum Part {
     Vault,
     /// What was to be at rest for a cut was not, or does not thaw.
     Quiesce,
+    /// Recovery points that are to go cannot be removed.
+    Retention,
 }
 
 /// What the shipper is doing.
@@ -105,8 +107,30 @@ pub struct Status {
     /// What they cost by the prices of the configuration, in the currency of these; `None` where there are none.
     #[serde(default)]
     pub vault_cost: Option<f64>,
+    /// What is removed, if anything ever is.
+    #[serde(default)]
+    pub retention: Option<RetentionStatus>,
     /// The disks.
     pub disks: Vec<DiskStatus>,
+}
+
+/// Retention.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetentionStatus {
+    /// What stays.
+    pub policy: String,
+    /// When it was decided last which points go.
+    pub last_pass: Option<jiff::Timestamp>,
+    /// Points that stayed then.
+    pub kept_points: u64,
+    /// Points removed since the shipper was started.
+    pub removed_points: u64,
+    /// Segments removed since then, which no point needed any more.
+    pub removed_objects: u64,
+    /// Bytes of them.
+    pub removed_bytes: u64,
+    /// Segments that are removed when the grace period is over.
+    pub leaving_objects: u64,
 }
 
 /// A recovery point that is consistent for applications.

@@ -27,6 +27,7 @@ use tracker::journal::reader::JournalReader;
 use super::config::{Config, DiskConfig};
 use super::control::{Asked, Door, Made, Reply};
 use super::progress::ScanState;
+use super::pruning::{Place, Pruning};
 use super::rest::{Resting, Wish, thaw_at_start};
 use super::resync::{Probe, WATCH_INTERVAL};
 use super::state::{MachineState, StateFolder};
@@ -39,7 +40,7 @@ use crate::status::{Board, DiskStatus, Part, Phase, Status};
 use crate::upload::retry::{Stop, pauses};
 use crate::upload::{Context, Job, Outcome, Uploader};
 use crate::vault::manifest::Manifest;
-use crate::vault::{Vault, generation};
+use crate::vault::{Vault, boundary, generation};
 
 /// Longest pause before the tracker is looked for again.
 const TRACKER_PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -92,7 +93,7 @@ pub(super) struct Link {
 /// Everything that steering needs.
 pub struct Conductor {
     pub(super) config: Config,
-    pub(super) state: StateFolder,
+    pub(super) state: Arc<StateFolder>,
     pub(super) machine: MachineState,
     pub(super) vault: Vault,
     pub(super) spool: Spool,
@@ -105,13 +106,17 @@ pub struct Conductor {
     pub(super) base: Option<Manifest>,
     /// Disks of which the base lacks segments that the vault has lost.
     pub(super) lacking: BTreeSet<String>,
-    /// The highest epoch that had a name in the vault at the start.
-    pub(super) named: Epoch,
     /// Disks whose blocks are all looked at, or are to be.
     pub(super) scan: ScanState,
     pub(super) probe: Probe,
     pub(super) link: Option<Link>,
     pub(super) uploader: Uploader,
+    /// What an uploader is started with, and where its outcomes go.
+    context: Context,
+    sender: Sender<Event>,
+    /// Numbers up to this one are in use in the vault, whoever has them.
+    pub(super) floor: Epoch,
+    pruning: Pruning,
     /// Sealed epochs that are not released, in order, and whether they are published.
     pub(super) unreleased: VecDeque<(Epoch, bool)>,
     pub(super) events: Receiver<Event>,
@@ -139,18 +144,36 @@ pub struct RunOptions {
 ///
 /// # Errors
 ///
-/// Something is missing at the start, or a higher generation is found.
+/// Something is missing at the start; or `Fenced`: another shipper has taken over, or this folder is not the only one of its kind.
 pub fn run(
     config: Config,
     options: RunOptions,
     stop: &Arc<Stop>,
     ready: impl FnOnce(&Config),
 ) -> Result<Option<Epoch>> {
-    let state = StateFolder::open(&config.state)?;
+    let state = Arc::new(StateFolder::open(&config.state)?);
     thaw_at_start(&config);
+    state.check_not_fenced()?;
+    let result = run_in(&state, config, options, stop, ready);
+    if let Err(error) = &result
+        && error.kind() == ErrorKind::Fenced
+    {
+        // For good: whatever is found later, this folder knows less than it believes.
+        state.save_fenced(Some(&error.chain()))?;
+    }
+    result
+}
+
+fn run_in(
+    state: &Arc<StateFolder>,
+    config: Config,
+    options: RunOptions,
+    stop: &Arc<Stop>,
+    ready: impl FnOnce(&Config),
+) -> Result<Option<Epoch>> {
     let (sender, events) = unbounded();
     let socket = StateFolder::socket(&config.state);
-    let mut conductor = Conductor::start(config, state, stop, &sender, events)?;
+    let mut conductor = Conductor::start(config, Arc::clone(state), stop, &sender, events)?;
     let to_ask = sender.clone();
     let ask = move |asked| {
         let _ended = to_ask.send(Event::Asked(asked));
@@ -187,7 +210,7 @@ pub fn run(
 impl Conductor {
     fn start(
         config: Config,
-        state: StateFolder,
+        state: Arc<StateFolder>,
         stop: &Arc<Stop>,
         sender: &Sender<Event>,
         events: Receiver<Event>,
@@ -203,6 +226,8 @@ impl Conductor {
         let vault = Vault::open(&config.vault, &config.access)?;
         machine.check(&config, &vault)?;
         generation::check(&vault, &config.machine, machine.generation)?;
+        // Before anything is looked for in the vault.
+        boundary::take_over(&vault, &config.machine, machine.generation)?;
         state.make_folders()?;
         let spool = Spool::open(&state.spool())?;
         let disks = open_disks(&config, &vault)?;
@@ -217,10 +242,8 @@ impl Conductor {
             board: Arc::clone(&board),
             stop: Arc::clone(stop),
         };
-        let tell = sender.clone();
-        let uploader = Uploader::start(context, move |outcome| {
-            let _ended = tell.send(Event::Upload(outcome));
-        })?;
+        let pruning = start_pruning(&config, &context, sender)?;
+        let uploader = start_uploader(context.clone(), sender)?;
         let resting = Resting::start(&config, &board)?;
         let mut conductor = Self {
             due: Instant::now() + config.interval,
@@ -237,20 +260,28 @@ impl Conductor {
             tables: None,
             base: None,
             lacking: BTreeSet::new(),
-            named: Epoch::ZERO,
             scan: ScanState::default(),
             probe: Probe::new(),
             link: None,
             uploader,
+            context,
+            sender: sender.clone(),
+            pruning,
+            floor: Epoch::ZERO,
             unreleased: VecDeque::new(),
             events,
             cuts: Vec::new(),
             waiting: Vec::new(),
             stopping: false,
         };
-        conductor.load()?;
+        conductor.load(None)?;
         conductor.show_base_at_start();
         Ok(conductor)
+    }
+
+    /// An uploader in place of one that has ended.
+    pub(super) fn start_uploader(&self) -> Result<Uploader> {
+        start_uploader(self.context.clone(), &self.sender)
     }
 
     fn steer(&mut self, once: bool) -> Result<()> {
@@ -290,7 +321,9 @@ impl Conductor {
                     let _left = reply.send(self.resync_asked(&request));
                 }
                 Event::Upload(Outcome::Published(epoch)) => self.published(epoch),
+                Event::Upload(Outcome::Taken(epoch)) => self.number_taken(epoch)?,
                 Event::Upload(Outcome::Failed(error)) => return Err(error),
+                Event::Asked(Asked::Prune(reply)) => self.pruning.ask(reply),
             }
             next = self.events.try_recv().ok();
         }
@@ -399,6 +432,8 @@ impl Conductor {
                     link.client.commit(epoch).at(Part::Tracker)?;
                 }
             }
+            // By this an old copy of the folder is known as one.
+            self.state.save_published(epoch).at(Part::Spool)?;
             self.spool.remove(epoch).at(Part::Spool)?;
             self.unreleased.pop_front();
         }
@@ -436,7 +471,7 @@ impl Conductor {
     pub(super) fn highest(&self) -> Epoch {
         let base = self.base.as_ref().map(|base| base.epoch);
         let known = base.max(self.scan.highest());
-        known.map_or(self.named, |known| known.max(self.named))
+        self.floor.max(known.unwrap_or(Epoch::ZERO))
     }
 
     /// Queues a sealed epoch for upload.
@@ -444,6 +479,29 @@ impl Conductor {
         self.unreleased.push_back((epoch, false));
         self.uploader.queue(Job::Epoch(epoch));
     }
+}
+
+fn start_uploader(context: Context, sender: &Sender<Event>) -> Result<Uploader> {
+    let tell = sender.clone();
+    Uploader::start(context, move |outcome| {
+        let _ended = tell.send(Event::Upload(outcome));
+    })
+}
+
+fn start_pruning(config: &Config, context: &Context, sender: &Sender<Event>) -> Result<Pruning> {
+    let place = config.retention.clone().map(|retention| Place {
+        vault: context.vault.clone(),
+        machine: context.machine.clone(),
+        generation: context.generation,
+        spool: context.spool.clone(),
+        retention,
+        board: Arc::clone(&context.board),
+        stop: Arc::clone(&context.stop),
+    });
+    let tell = sender.clone();
+    Pruning::start(place, move |error| {
+        let _ended = tell.send(Event::Upload(Outcome::Failed(error)));
+    })
 }
 
 fn open_disks(config: &Config, vault: &Vault) -> Result<Vec<Disk>> {

@@ -15,6 +15,7 @@ use crate::segment::codec::Codec;
 use crate::store::VaultUrl;
 use crate::store::prices::Prices;
 use crate::vault::layout::is_valid_name;
+use crate::vault::retention::Policy;
 
 /// Longest interval between recovery points.
 const INTERVAL_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
@@ -29,6 +30,8 @@ const WORKERS_MAX: usize = 256;
 const CAPTURE_RATE_MIN: u64 = 1 << 20;
 /// Share of a disk that may wait to be shipped unless the configuration says otherwise.
 const RESYNC_SHARE_DEFAULT: u64 = 50;
+/// Grace period, and time between two decisions, unless the configuration says otherwise.
+const RETENTION_TIME_DEFAULT: Duration = Duration::from_secs(3600);
 
 /// What the file says, as it was typed.
 #[derive(Debug, Deserialize)]
@@ -49,8 +52,17 @@ struct RawConfig {
     capture_share_percent: Option<u64>,
     prices: Option<Prices>,
     quiesce: Option<RawQuiesce>,
+    retention: Option<RawRetention>,
     #[serde(default, rename = "disk")]
     disks: Vec<RawDisk>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRetention {
+    points: String,
+    grace: Option<String>,
+    every: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -90,8 +102,21 @@ pub struct Config {
     pub prices: Option<Prices>,
     /// What is brought to rest for a cut, and how often.
     pub quiesce: Option<QuiesceConfig>,
+    /// Which recovery points stay; `None`: all.
+    pub retention: Option<RetentionConfig>,
     /// The disks.
     pub disks: Vec<DiskConfig>,
+}
+
+/// Which recovery points stay, and how the others go.
+#[derive(Clone, Debug)]
+pub struct RetentionConfig {
+    /// Which stay.
+    pub policy: Policy,
+    /// Time that readers have between a decision and the removal of what only removed points need.
+    pub grace: Duration,
+    /// Time between two decisions of a running shipper.
+    pub every: Duration,
 }
 
 /// One disk of a configuration.
@@ -167,6 +192,7 @@ impl Config {
             interval: parse_interval(&raw.interval)?,
             prices: raw.prices.map(Prices::checked).transpose()?,
             quiesce: raw.quiesce.map(RawQuiesce::checked).transpose()?,
+            retention: raw.retention.map(RawRetention::checked).transpose()?,
             disks: checked_disks(raw.disks)?,
             machine: raw.machine,
             tracker: raw.tracker,
@@ -182,6 +208,33 @@ impl Config {
             workers,
             resync_share_percent,
             throttle,
+        })
+    }
+}
+
+impl RawRetention {
+    fn checked(self) -> std::result::Result<RetentionConfig, String> {
+        let time = |key: &str, text: Option<&str>, least: Duration| {
+            let invalid = || {
+                format!(
+                    "retention.{key} {text:?} is not a time such as \"30min\" or \"1h\", up to 366 days"
+                )
+            };
+            let Some(text) = text else {
+                return Ok(RETENTION_TIME_DEFAULT);
+            };
+            let duration: SignedDuration = text.parse().map_err(|_| invalid())?;
+            let duration = Duration::try_from(duration).map_err(|_| invalid())?;
+            let fits = (least..=INTERVAL_MAX).contains(&duration);
+            fits.then_some(duration).ok_or_else(invalid)
+        };
+        Ok(RetentionConfig {
+            policy: self
+                .points
+                .parse()
+                .map_err(|what| format!("retention.points: {what}"))?,
+            grace: time("grace", self.grace.as_deref(), Duration::ZERO)?,
+            every: time("every", self.every.as_deref(), INTERVAL_MIN)?,
         })
     }
 }
@@ -292,6 +345,19 @@ mod tests {
         assert!(config.workers >= 1);
         assert_eq!(config.resync_share_percent, 50);
         assert_eq!(config.quiesce, None);
+        assert!(config.retention.is_none());
+    }
+
+    #[test]
+    fn retention_has_defaults_but_its_points() {
+        let section = "[retention]\npoints = \"every 1h for 2d\"\n[[disk]]";
+        let config = Config::parse(&GOOD.replace("[[disk]]", section)).unwrap();
+        let retention = config.retention.unwrap();
+        assert_eq!(retention.policy.to_string(), "every 1h for 2d");
+        assert_eq!(
+            (retention.grace.as_secs(), retention.every.as_secs()),
+            (3600, 3600)
+        );
     }
 
     #[test]
@@ -336,6 +402,22 @@ mod tests {
             ),
             ("\"root\"", "\"Root\"", "Root"),
             ("[[disk]]", "[quiesce]\n[[disk]]", "quiesce"),
+            ("[[disk]]", "[retention]\n[[disk]]", "points"),
+            (
+                "[[disk]]",
+                "[retention]\npoints = \"1h for ever\"\n[[disk]]",
+                "retention.points",
+            ),
+            (
+                "[[disk]]",
+                "[retention]\npoints = \"1h for 2d\"\ngrace = \"-1h\"\n[[disk]]",
+                "retention.grace",
+            ),
+            (
+                "[[disk]]",
+                "[retention]\npoints = \"1h for 2d\"\nevery = \"0s\"\n[[disk]]",
+                "retention.every",
+            ),
             ("[[disk]]", "[quiesce]\nsoon = 1\n[[disk]]", "soon"),
             ("[[disk]]\nname = \"root\"\npath = \"/d\"\n", "", "disk"),
         ] {

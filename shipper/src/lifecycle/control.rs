@@ -17,11 +17,13 @@ use tracker::error::{Error as TrackerError, ErrorKind as TrackerErrorKind};
 use tracker::extent::Epoch;
 use tracker::nbd::listener::bind_unix;
 
+use super::pruning::PruneReply;
 use super::resync::{ResyncAnswer, ResyncRequest};
 use super::state::StateFolder;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::{Board, Status};
 use crate::vault::manifest::Consistency;
+use crate::vault::prune::Report;
 
 /// Time that a status may take.
 const STATUS_DEADLINE: Duration = Duration::from_secs(10);
@@ -53,6 +55,11 @@ enum Request {
         #[serde(default)]
         cancel: bool,
     },
+    /// Decide which recovery points go; answers with a [`Report`] when that is durable.
+    Prune {
+        /// Version of the protocol.
+        protocol: u32,
+    },
 }
 
 /// A recovery point that was asked for.
@@ -75,6 +82,8 @@ pub enum Asked {
     Cut(bool, Reply),
     /// For a comparison of every block, or its end.
     Resync(ResyncRequest, Sender<Result<Vec<ResyncAnswer>>>),
+    /// For a pass of retention.
+    Prune(PruneReply),
 }
 
 /// The socket of a running shipper.
@@ -127,7 +136,8 @@ fn answer(text: &str, board: &Board, ask: &dyn Fn(Asked)) -> tracker::error::Res
         serde_json::from_str(text).map_err(|error| refused(format!("Invalid request: {error}")))?;
     let (Request::Status { protocol }
     | Request::Cut { protocol, .. }
-    | Request::Resync { protocol, .. }) = request;
+    | Request::Resync { protocol, .. }
+    | Request::Prune { protocol }) = request;
     if protocol != PROTOCOL {
         return Err(refused(format!(
             "The request speaks protocol {protocol}, this shipper speaks {PROTOCOL}"
@@ -141,6 +151,9 @@ fn answer(text: &str, board: &Board, ask: &dyn Fn(Asked)) -> tracker::error::Res
         Request::Resync { disk, cancel, .. } => {
             let request = ResyncRequest { disk, cancel };
             serde_json::to_value(await_answer(|reply| ask(Asked::Resync(request, reply)))?)
+        }
+        Request::Prune { .. } => {
+            serde_json::to_value(await_answer(|reply| ask(Asked::Prune(reply)))?)
         }
     };
     value.map_err(|error| refused(format!("Cannot write the answer: {error}")))
@@ -219,4 +232,15 @@ pub fn ask_resync(state: &Path, disk: Option<String>, cancel: bool) -> Result<Ve
         cancel,
     };
     serde_json::from_value(ask(state, request, None)?).map_err(garbled)
+}
+
+/// Asks the shipper that works in a state folder to decide which recovery points go. What only they need is removed
+/// when its grace period is over.
+///
+/// # Errors
+///
+/// None runs there, its configuration has no retention, or the vault fails.
+pub fn ask_prune(state: &Path) -> Result<Report> {
+    let protocol = PROTOCOL;
+    serde_json::from_value(ask(state, Request::Prune { protocol }, None)?).map_err(garbled)
 }

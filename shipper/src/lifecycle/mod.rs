@@ -19,6 +19,10 @@ pub mod conductor;
 
 mod reconcile;
 
+mod fence;
+
+pub mod pruning;
+
 mod scan;
 
 pub mod resync;

@@ -4,6 +4,7 @@
 //! kept.
 
 use tracker::control::client::ControlClient;
+use tracker::extent::Epoch;
 use tracker::journal::reader::JournalReader;
 
 use super::config::Config;
@@ -11,7 +12,7 @@ use super::reconcile::{check_disk, find_disk};
 use super::state::{MachineState, StateFolder};
 use crate::capture::source::DiskSource;
 use crate::error::{ErrorKind, Result};
-use crate::vault::{Vault, generation};
+use crate::vault::{Vault, boundary, generation};
 
 /// What `protect` found and did.
 #[derive(Clone, Debug)]
@@ -76,7 +77,8 @@ pub fn protect(config: &Config) -> Result<Protection> {
 fn claim(config: &Config, vault: &Vault, folder: &StateFolder) -> Result<(u64, bool)> {
     if let Some(held) = folder.machine()? {
         held.check(config, vault)?;
-        match generation::check(vault, &config.machine, held.generation) {
+        let checked = generation::check(vault, &config.machine, held.generation);
+        match folder.check_not_fenced().and(checked) {
             Ok(()) => return Ok((held.generation, false)),
             Err(error) if error.kind() == ErrorKind::Fenced => {}
             Err(error) if error.kind() == ErrorKind::Unavailable => {}
@@ -89,10 +91,14 @@ fn claim(config: &Config, vault: &Vault, folder: &StateFolder) -> Result<(u64, b
     // Whoever held it in between may have sent other content for any block.
     folder.forget_fingerprints()?;
     let generation = generation::claim(vault, &config.machine, &holder)?;
+    boundary::take_over(vault, &config.machine, generation)?;
+    let newest = vault.points(&config.machine)?.pop();
+    folder.save_published(newest.unwrap_or(Epoch::ZERO))?;
     folder.save_machine(&MachineState::new(
         vault.id(),
         config.machine.clone(),
         generation,
     ))?;
+    folder.save_fenced(None)?;
     Ok((generation, true))
 }

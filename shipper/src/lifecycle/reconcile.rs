@@ -5,8 +5,10 @@
 //! | found | done |
 //! |---|---|
 //! | sealed epochs that follow each other and are whole | queued for upload |
+//! | one that was published, and that retention has removed since | released |
 //! | the newest recovery point is set aside | its manifest without lost segments is the base, or an older one where it cannot be read |
-//! | one that is damaged, names a lost segment, lacks a segment, follows none, or is of another generation | it and all after it are removed |
+//! | one that is damaged, names a lost segment, lacks a segment, follows none, is of another generation, or whose number is taken | it and all after it are removed |
+//! | a point of our generation in the vault that was never published from here | fenced: this folder is an old copy, or a copy of it is at work |
 //! | a scan that a sealed or published epoch has taken over | ended; a mark stays |
 //! | a scan that lacks a segment, or of another generation | begun anew; its fingerprints are forgotten |
 //! | a scan that was cancelled | its segments are for the next recovery point |
@@ -55,14 +57,22 @@ use crate::vault::manifest::{DiskPoint, Manifest};
 const CUTS_MAX: u32 = 8;
 
 impl Conductor {
-    /// Finds out what is sealed and how far a scan is, and queues what waits for upload.
-    pub(super) fn load(&mut self) -> Result<()> {
+    /// Finds out what is sealed and how far a scan is, and queues what waits for upload. The number `taken`, and
+    /// those after it, are given up.
+    pub(super) fn load(&mut self, taken: Option<Epoch>) -> Result<()> {
         let mut found = Foundation::find(&self.vault, &self.config.machine)?;
         let mut base = found.base.take();
+        self.check_is_known(base.as_ref())?;
+        self.raise_floor(found.highest)?;
         self.lacking = std::mem::take(&mut found.lacking);
-        self.named = found.highest;
         let mut broken = false;
         for epoch in self.spool.epochs()? {
+            if self.is_removed(epoch)? && !broken {
+                // Its fingerprints may not be durable: it is released like any other.
+                self.unreleased.push_back((epoch, true));
+                continue;
+            }
+            broken |= taken.is_some_and(|taken| epoch >= taken);
             let manifest = match self.spool_manifest(epoch) {
                 Ok((manifest, _))
                     if !broken

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tracker::extent::Epoch;
 
 use super::config::Config;
 use super::progress::ScanState;
@@ -64,6 +65,13 @@ impl MachineState {
         }
         Ok(())
     }
+}
+
+/// What was published from a state folder, by which an old copy of it is known.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PublishedState {
+    through: Epoch,
 }
 
 /// The locked state folder.
@@ -176,6 +184,57 @@ impl StateFolder {
 
     fn machine_file(&self) -> PathBuf {
         self.root.join("machine.json")
+    }
+
+    fn fenced_file(&self) -> PathBuf {
+        self.root.join("fenced.json")
+    }
+
+    /// Fails if the shipper of this folder was fenced.
+    ///
+    /// # Errors
+    ///
+    /// `Fenced`, with what was found then; or the mark cannot be read.
+    pub fn check_not_fenced(&self) -> Result<()> {
+        match load::<String>(&self.fenced_file())? {
+            None => Ok(()),
+            Some(why) => Err(Error::new(ErrorKind::Fenced, why)),
+        }
+    }
+
+    /// Marks the folder as one of a shipper that was fenced, or takes the mark away.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub fn save_fenced(&self, why: Option<&str>) -> Result<()> {
+        match why {
+            Some(why) => save(&self.fenced_file(), &why),
+            None => remove_if_present(&self.fenced_file()),
+        }
+    }
+
+    fn published_file(&self) -> PathBuf {
+        self.root.join("published.json")
+    }
+
+    /// The newest recovery point that was published from here and is not in the spool any more; `None`: not known.
+    ///
+    /// # Errors
+    ///
+    /// The file is damaged.
+    pub fn published(&self) -> Result<Option<Epoch>> {
+        let published: Option<PublishedState> = load(&self.published_file())?;
+        Ok(published.map(|published| published.through))
+    }
+
+    /// Keeps up to which recovery point all are published; durable when it returns.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub fn save_published(&self, through: Epoch) -> Result<()> {
+        save(&self.published_file(), &PublishedState { through })
     }
 
     fn scan_file(&self) -> PathBuf {

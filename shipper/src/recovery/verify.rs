@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -24,6 +25,7 @@ use crate::segment::reader::{check_header, read_directory, tail_bytes};
 use crate::segment::reference::{NameField, SegmentRef};
 use crate::segment::seal::Owner;
 use crate::store::Store;
+use crate::vault::boundary::Boundary;
 use crate::vault::layout::{MACHINES_PREFIX, generation_of, is_valid_name};
 use crate::vault::manifest::{DiskPoint, Manifest};
 use crate::vault::{Vault, aside, generation};
@@ -242,6 +244,8 @@ struct Catalog {
     segments: Vec<Named>,
     /// The highest generation that is claimed, where that counts.
     claimed: Option<u64>,
+    /// The newest boundary.
+    boundary: Option<Arc<Boundary>>,
     /// Positions by disk and name.
     positions: HashMap<String, HashMap<NameField, usize>>,
 }
@@ -255,6 +259,8 @@ impl Catalog {
         problem: &mut dyn FnMut(String),
     ) -> Result<(u64, u64)> {
         let mut points = vault.points(machine)?;
+        self.boundary = vault.boundary(machine)?;
+        self.check_kept(vault, machine, &points, problem)?;
         let mut set_aside = BTreeSet::new();
         for (epoch, aside) in aside::list_each(vault, machine)? {
             match aside {
@@ -275,7 +281,7 @@ impl Catalog {
         points.sort_unstable();
         for epoch in &good {
             let key = vault.manifest_key(machine, *epoch);
-            match vault.manifest(machine, *epoch) {
+            match vault.read_manifest(machine, *epoch) {
                 Ok(manifest) => self.take(vault, &key, &manifest, &points, problem),
                 Err(error) => {
                     let what = error.chain();
@@ -290,6 +296,26 @@ impl Catalog {
         Ok((good.len() as u64, set_aside.len() as u64))
     }
 
+    /// Looks for the manifests that the newest boundary keeps.
+    fn check_kept(
+        &self,
+        vault: &Vault,
+        machine: &str,
+        points: &[Epoch],
+        problem: &mut dyn FnMut(String),
+    ) -> Result<()> {
+        for epoch in self.boundary.iter().flat_map(|boundary| &boundary.kept) {
+            let missing = vault.manifest_key(machine, *epoch);
+            // One that came after the listing is there by now.
+            if points.binary_search(epoch).is_err() && vault.store().size(&missing)?.is_none() {
+                problem(format!(
+                    "Object {missing} of the vault is missing: it was not removed by retention; affects recovery point {epoch}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn take(
         &mut self,
         vault: &Vault,
@@ -299,11 +325,14 @@ impl Catalog {
         problem: &mut dyn FnMut(String),
     ) {
         let (epoch, previous) = (manifest.epoch, manifest.previous);
+        // What retention has decided about was looked at already.
+        let boundary = self.boundary.as_deref();
+        let is_decided = boundary.is_some_and(|boundary| boundary.keeps(previous).is_some());
         if previous >= epoch {
             problem(format!(
                 "Object {key} of the vault: it calls {previous} the one before it; affects recovery point {epoch}"
             ));
-        } else if missing_before(manifest, points).is_some() {
+        } else if !is_decided && missing_before(manifest, points, boundary).is_some() {
             let missing = vault.manifest_key(&manifest.machine, previous);
             problem(format!(
                 "Object {missing} of the vault is missing: {key} names it as the one before it; \
@@ -365,8 +394,15 @@ impl Catalog {
 }
 
 /// The point that a manifest calls the one before it, where that should be there and is not. `points` are in ascending order.
-pub(super) fn missing_before(manifest: &Manifest, points: &[Epoch]) -> Option<Epoch> {
+pub(super) fn missing_before(
+    manifest: &Manifest,
+    points: &[Epoch],
+    boundary: Option<&Boundary>,
+) -> Option<Epoch> {
     let previous = manifest.previous;
+    if boundary.is_some_and(|boundary| boundary.keeps(previous) == Some(false)) {
+        return None;
+    }
     let is_kept = points.binary_search(&previous).is_ok();
     let is_older = points.first().is_some_and(|oldest| previous < *oldest);
     (!is_kept && !is_older && previous < manifest.epoch).then_some(previous)

@@ -59,6 +59,13 @@ impl Spool {
         Ok(spool)
     }
 
+    /// A spool that others work in, to look at.
+    pub fn at(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
     fn partial(&self, epoch: Epoch) -> PathBuf {
         self.root.join(format!("{epoch}.{PARTIAL}"))
     }

@@ -2,10 +2,9 @@
 //!
 //! Overview: one coordinator takes jobs in order; a pool of threads puts segments, several at once.
 //!
-//! Order, for a sealed epoch: the generation is checked; all of its segments are put, and all that
-//! the first copy has left; the generation is checked again; the manifest is put by one
-//! create-if-absent. Epochs are published one after the other, so that a recovery point is never
-//! there before the one that it follows.
+//! Order, for a sealed epoch: that of [`publish`]; its segments are all that are in the spool, and all that
+//! the first copy has left. Epochs are published one after the other, so that a recovery point is never
+//! there before the one that it follows. Where the number of one is taken, it and those behind it are given up.
 //!
 //! Retries: what may pass by itself is retried for ever, with growing pauses (`retry`). An object
 //! that exists already is right if it is the same one: its put may have been answered to nobody.
@@ -31,8 +30,8 @@ use crate::spool::files::{failed, remove_if_present};
 use crate::spool::{Spool, segment_file};
 use crate::status::{Board, Part};
 use crate::store::Created;
-use crate::vault::manifest::Manifest;
-use crate::vault::{Vault, generation};
+use crate::vault::Vault;
+use crate::vault::publish::{Insist, Published, not_ours, publish, vanished};
 use retry::{Stop, until_done};
 
 /// Threads that put segments; each holds one segment in memory.
@@ -57,6 +56,9 @@ pub enum Job {
 pub enum Outcome {
     /// The recovery point is durable in the vault.
     Published(Epoch),
+    /// The number of this epoch is taken by somebody who has lost the machine; nothing more is published until
+    /// the uploader is started anew.
+    Taken(Epoch),
     /// Something that trying again does not mend.
     Failed(Error),
 }
@@ -156,9 +158,15 @@ fn coordinate(context: &Context, jobs: &Receiver<Job>, tell: &(impl Fn(Outcome) 
         for job in jobs {
             let result = match job {
                 Job::Copied { disk, segment } => pool.copied(context, &disk, &segment),
-                Job::Epoch(epoch) => {
-                    publish(context, epoch, &mut pool).map(|()| tell(Outcome::Published(epoch)))
-                }
+                Job::Epoch(epoch) => match publish_sealed(context, epoch, &mut pool) {
+                    Ok(Published::Done) => {
+                        tell(Outcome::Published(epoch));
+                        Ok(())
+                    }
+                    // What is queued behind it follows it.
+                    Ok(Published::Taken) => return tell(Outcome::Taken(epoch)),
+                    Err(error) => Err(error),
+                },
             };
             match result {
                 Ok(()) => {}
@@ -218,12 +226,33 @@ impl Pool {
             remove: true,
         })
     }
+
+    /// Puts a segment of a sealed epoch, if it is in the spool.
+    fn sealed(
+        &mut self,
+        context: &Context,
+        epoch: Epoch,
+        disk: &str,
+        segment: &SegmentRef,
+    ) -> Result<()> {
+        let path = context.spool.segment(epoch, disk, segment);
+        if !path.exists() {
+            return Ok(());
+        }
+        self.put(Put {
+            key: context.vault.segment_key(&context.machine, disk, segment),
+            disk: disk.to_owned(),
+            path,
+            segment: segment.clone(),
+            remove: false,
+        })
+    }
 }
 
-fn check_generation(context: &Context) -> Result<()> {
-    persist(context, || {
-        generation::check(&context.vault, &context.machine, context.generation)
-    })
+impl Insist for Context {
+    fn insist<T>(&self, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+        persist(self, attempt)
+    }
 }
 
 /// Retries, and keeps the board informed.
@@ -232,58 +261,19 @@ fn persist<T>(context: &Context, attempt: impl FnMut() -> Result<T>) -> Result<T
     until_done(&context.stop, note, attempt)
 }
 
-fn publish(context: &Context, epoch: Epoch, pool: &mut Pool) -> Result<()> {
-    check_generation(context)?;
+fn publish_sealed(context: &Context, epoch: Epoch, pool: &mut Pool) -> Result<Published> {
     let id = context.vault.point_id(&context.machine, epoch);
     let (manifest, bytes) = context.spool.manifest(&id, context.vault.keys())?;
-    for disk in &manifest.disks {
-        for segment in &disk.segments {
-            pool.copied(context, &disk.name, segment)?;
-            let path = context.spool.segment(epoch, &disk.name, segment);
-            if path.exists() {
-                let key = context
-                    .vault
-                    .segment_key(&context.machine, &disk.name, segment);
-                pool.put(Put {
-                    key,
-                    disk: disk.name.clone(),
-                    path,
-                    segment: segment.clone(),
-                    remove: false,
-                })?;
+    let bytes = Bytes::from(bytes);
+    publish(&context.vault, &manifest, &bytes, context, || {
+        for disk in &manifest.disks {
+            for segment in &disk.segments {
+                pool.copied(context, &disk.name, segment)?;
+                pool.sealed(context, epoch, &disk.name, segment)?;
             }
         }
-    }
-    pool.wait()?;
-    check_generation(context)?;
-    persist(context, || put_manifest(context, &manifest, &bytes))
-}
-
-fn put_manifest(context: &Context, manifest: &Manifest, bytes: &[u8]) -> Result<()> {
-    let key = context.vault.manifest_key(&context.machine, manifest.epoch);
-    let store = context.vault.store();
-    match store.create(&key, Bytes::copy_from_slice(bytes))? {
-        Created::New => Ok(()),
-        Created::Exists if store.read(&key, None).map_err(vanished)? == bytes => Ok(()),
-        Created::Exists => Err(Error::new(
-            ErrorKind::Fenced,
-            format!(
-                "Object {key} is in the vault already and is not ours: another shipper writes machine {}; \
-                 stop one of the two, then run `shipper protect` where it shall go on",
-                context.machine
-            ),
-        )),
-    }
-}
-
-/// A store that says that an object exists and then does not have it is between two answers.
-fn vanished(error: Error) -> Error {
-    match error.kind() {
-        ErrorKind::Missing => {
-            Error::new(ErrorKind::Unavailable, "The store contradicts itself").with_source(error)
-        }
-        _ => error,
-    }
+        pool.wait()
+    })
 }
 
 fn store(context: &Context, put: &Put) -> Result<()> {
@@ -313,9 +303,13 @@ fn put_segment(context: &Context, put: &Put) -> Result<()> {
         // Only the same segment leads to the same check.
         Created::Exists => {
             let owner = context.vault.owner(&context.machine, &put.disk);
-            read_directory(store, &put.key, &put.segment, &owner)
-                .map(drop)
-                .map_err(vanished)
+            match read_directory(store, &put.key, &put.segment, &owner) {
+                Ok(_) => Ok(()),
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    Err(not_ours(&put.key, &context.machine, context.generation).with_source(error))
+                }
+                Err(error) => Err(vanished(error)),
+            }
         }
     }
 }

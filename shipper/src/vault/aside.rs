@@ -120,6 +120,20 @@ pub fn read(vault: &Vault, machine: &str, epoch: Epoch) -> Result<Aside> {
     }
 }
 
+/// Numbers of the recovery points of a machine that are set aside; the records are not read.
+///
+/// # Errors
+///
+/// The store cannot be listed.
+pub fn epochs(vault: &Vault, machine: &str) -> Result<BTreeSet<Epoch>> {
+    let prefix = layout::aside_prefix(&vault.keys().machine_in_keys(machine));
+    let listed = vault.store().list(&prefix)?;
+    let epochs = listed
+        .iter()
+        .filter_map(|object| layout::aside_of(&object.key));
+    Ok(epochs.collect())
+}
+
 /// The recovery points of a machine that are set aside; of one whose record is damaged, the error.
 ///
 /// # Errors

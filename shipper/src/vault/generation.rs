@@ -129,6 +129,15 @@ pub fn read_machine(vault: &Vault, machine_in_keys: &str, generation: u64) -> Re
     Ok(claim.machine)
 }
 
+/// The error of a shipper that finds a higher generation than its own.
+pub(super) fn superseded(machine: &str, held: u64, found: u64) -> Error {
+    let what = format!(
+        "Another shipper has taken over machine {machine} (generation {found} is claimed, this one has {held}): stop one \
+         of the two, then run `shipper protect` where it shall go on"
+    );
+    Error::new(ErrorKind::Fenced, what)
+}
+
 /// Fails unless this generation is the newest.
 ///
 /// # Errors
@@ -142,14 +151,7 @@ pub fn check(vault: &Vault, machine: &str, generation: u64) -> Result<()> {
         .size(&vault.generation_key(machine, generation + 1))?
         .is_some()
     {
-        return Err(Error::new(
-            ErrorKind::Fenced,
-            format!(
-                "Another shipper has taken over machine {machine} (generation {} is claimed, this one has \
-                 {generation}): stop one of the two, then run `shipper protect` where it shall go on",
-                generation + 1
-            ),
-        ));
+        return Err(superseded(machine, generation, generation + 1));
     }
     if vault
         .store()

@@ -83,10 +83,62 @@ pub fn segment_key(machine: &str, disk: &str, segment: &SegmentRef) -> String {
     format!("{MACHINES_PREFIX}/{machine}/disks/{disk}/segments/{name}.segment")
 }
 
+/// Where the boundaries of a machine are.
+pub fn boundaries_prefix(machine: &str) -> String {
+    format!("{MACHINES_PREFIX}/{machine}/boundaries")
+}
+
+/// A boundary.
+pub fn boundary_key(machine: &str, number: u64) -> String {
+    format!("{}/{number:016x}", boundaries_prefix(machine))
+}
+
+/// The number of a boundary.
+pub fn boundary_of(key: &str) -> Option<u64> {
+    number(key.rsplit('/').next()?)
+}
+
+/// Where the pins of a machine are.
+pub fn pins_prefix(machine: &str) -> String {
+    format!("{MACHINES_PREFIX}/{machine}/pins")
+}
+
+/// Folders of a disk whose objects are removed when no recovery point names them any more.
+const OBJECT_FOLDERS: [&str; 1] = ["segments"];
+
+/// Generation of an object of a disk, given its key below that of the machine: `disks/D/FOLDER/G-...`.
+/// `None`: it is none that may be removed.
+pub fn disk_object_generation(below_machine: &str) -> Option<u64> {
+    let mut parts = below_machine.split('/');
+    let ("disks", disk, folder, name) =
+        (parts.next()?, parts.next()?, parts.next()?, parts.next()?)
+    else {
+        return None;
+    };
+    let fits = parts.next().is_none() && is_valid_name(disk) && OBJECT_FOLDERS.contains(&folder);
+    fits.then(|| number(name.split('-').next()?)).flatten()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn only_objects_of_disks_may_be_removed() {
+        let name = "0000000000000002-0000000000000001-0000000000000001-00000000.segment";
+        let of = |folder: &str| disk_object_generation(&format!("{folder}/{name}"));
+        assert_eq!(of("disks/a/segments"), Some(2));
+        for folder in [
+            "disks/a/others",
+            "disks/../segments",
+            "points",
+            "disks/a/segments/b",
+        ] {
+            assert_eq!(of(folder), None, "{folder}");
+        }
+        assert_eq!(disk_object_generation("disks/a/segments/x.segment"), None);
+    }
 
     #[test]
     fn names_that_may_stand_in_keys() {

@@ -13,11 +13,28 @@ pub mod keyring;
 pub mod record;
 
 pub mod aside;
+mod rules;
+
+pub mod boundary;
+
+pub mod pin;
+
+mod points;
+
+pub mod publish;
+
+pub mod retention;
+
+pub mod prune;
 
 mod open;
 
+#[cfg(test)]
+mod model_tests;
+
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tracker::extent::Epoch;
 
@@ -26,13 +43,13 @@ use crate::keys::aead::Cipher;
 use crate::keys::slots::{Argon2Cost, KeyTable, SlotPlace, UserSecret};
 use crate::keys::source::{Access, PASSPHRASE_VARIABLE};
 use crate::keys::{Keys, hex};
-use crate::segment::frame::damaged;
 use crate::segment::reference::SegmentRef;
 use crate::segment::seal::Owner;
 use crate::store::{Created, Store, VaultUrl};
+use boundary::Boundary;
 use keyring::{Change, Keyring, Unlocked};
 use layout::VAULT_KEY;
-use manifest::{Manifest, PointId};
+use manifest::PointId;
 use open::{Lock, VaultFile};
 
 /// How a new vault is protected from those who can read its store.
@@ -60,6 +77,8 @@ pub struct Vault {
     id: [u8; 16],
     keys: Keys,
     url: String,
+    /// The newest known boundary of each machine: a later one has a higher number.
+    boundaries: Arc<Mutex<BTreeMap<String, Arc<Boundary>>>>,
 }
 
 impl fmt::Debug for Vault {
@@ -171,6 +190,7 @@ impl Vault {
             id: file.id,
             keys,
             url: url.to_owned(),
+            boundaries: Arc::default(),
         }
     }
 
@@ -321,52 +341,17 @@ impl Vault {
         }
     }
 
-    /// Numbers of the recovery points of a machine, in ascending order.
-    ///
-    /// # Errors
-    ///
-    /// The store cannot be listed.
-    pub fn points(&self, machine: &str) -> Result<Vec<Epoch>> {
-        let prefix = layout::points_prefix(&self.keys.machine_in_keys(machine));
-        let listed = self.store.list(&prefix)?;
-        let mut points: Vec<_> = listed
-            .iter()
-            .filter_map(|object| layout::point_of(&object.key))
-            .collect();
-        points.sort_unstable();
-        Ok(points)
+    /// The newest boundary of a machine that has been read.
+    fn known_boundary(&self, machine: &str) -> Option<Arc<Boundary>> {
+        let known = self.boundaries.lock();
+        let known = known.unwrap_or_else(PoisonError::into_inner);
+        known.get(machine).cloned()
     }
 
-    /// Reads and checks the manifest of a recovery point.
-    ///
-    /// # Errors
-    ///
-    /// `Missing`: there is no such point. `Corrupt`: the manifest is damaged or another one's.
-    pub fn manifest(&self, machine: &str, epoch: Epoch) -> Result<Manifest> {
-        let key = self.manifest_key(machine, epoch);
-        let bytes = self.store.read(&key, None).map_err(|error| {
-            if error.kind() != ErrorKind::Missing {
-                return error;
-            }
-            let what = format!("Machine {machine} has no recovery point {epoch}");
-            Error::new(ErrorKind::Missing, what).with_source(error)
-        })?;
-        Manifest::decode(&bytes, &self.keys, &self.point_id(machine, epoch))
-            .map_err(|what| damaged(&key, &what))
-    }
-
-    /// The newest recovery point of a machine that is not set aside; `None` if it has none.
-    ///
-    /// # Errors
-    ///
-    /// The store cannot be read, or the manifest is damaged.
-    pub fn newest(&self, machine: &str) -> Result<Option<Manifest>> {
-        let aside = aside::list(self, machine)?;
-        let points = self.points(machine)?.into_iter().rev();
-        let newest = points.into_iter().find(|epoch| !aside.contains_key(epoch));
-        newest
-            .map(|epoch| self.manifest(machine, epoch))
-            .transpose()
+    fn know_boundary(&self, machine: &str, newest: Arc<Boundary>) {
+        let known = self.boundaries.lock();
+        let mut known = known.unwrap_or_else(PoisonError::into_inner);
+        known.insert(machine.to_owned(), newest);
     }
 }
 

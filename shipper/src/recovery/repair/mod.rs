@@ -202,6 +202,7 @@ impl Repair<'_> {
     fn manifests(&mut self, losses: &mut Losses) -> Result<Vec<Manifest>> {
         let Config { machine, .. } = self.config;
         let points = self.vault.points(machine)?;
+        let boundary = self.vault.boundary(machine)?;
         let mut found = Vec::new();
         for epoch in &points {
             match self.vault.manifest(machine, *epoch) {
@@ -214,7 +215,10 @@ impl Repair<'_> {
         }
         let missing: Vec<(Epoch, Epoch)> = found
             .iter()
-            .filter_map(|manifest| Some((missing_before(manifest, &points)?, manifest.epoch)))
+            .filter_map(|manifest| {
+                let missing = missing_before(manifest, &points, boundary.as_deref())?;
+                Some((missing, manifest.epoch))
+            })
             .collect();
         for (epoch, next) in missing {
             let what =
