@@ -152,6 +152,7 @@ impl Conductor {
             file: segment_file,
             generation: self.machine.generation,
             epoch,
+            numbers: 0..u32::MAX,
         };
         Ok(Capture {
             index,

@@ -1,14 +1,12 @@
 //! Looking at every block: the first copy, and the comparison with all fingerprints.
 //!
-//! Order, for each segment: its file is written and synced; the scan's file names it and moves the
-//! cursor behind it, durably; the fingerprint table takes it over; it is queued for upload. A kill
-//! at any moment costs at most the segment in the making.
+//! Order, for each slice, which is some segments: their files are written and synced; the scan's file
+//! names them and moves the cursor behind them, durably; the fingerprint table takes them over; they are
+//! queued for upload. A kill at any moment costs at most the slice in the making.
 //!
 //! Guests write meanwhile. What they change is in the journal, in epochs after the scan's, and is
 //! captured with the next recovery point, which names the scan's segments before its own.
 
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tracker::extent::BLOCK_SIZE;
@@ -18,10 +16,9 @@ use super::progress::{DiskScan, Stage};
 use crate::capture::pipeline::{Captured, Flow, Settings, run};
 use crate::capture::plan::Batches;
 use crate::error::{Error, ErrorKind, Result};
-use crate::segment::format::{Directory, SegmentName};
+use crate::segment::format::{Directory, SEGMENT_BYTES_TARGET};
 use crate::segment::reference::SegmentRef;
-use crate::segment::seal::{Current, SegmentSeal};
-use crate::segment::writer::SegmentWriter;
+use crate::segment::roll::{Place, SegmentRoll};
 use crate::spool::files::sync_folder;
 use crate::spool::segment_file;
 use crate::status::{Part, Phase, ResyncStage, ResyncStatus};
@@ -34,14 +31,17 @@ const SLICE_BLOCKS: u64 = (1 << 30) / 4096;
 /// The same where nothing has to be copied, so that no segment is made: 128 MiB.
 const EMPTY_SLICE_BLOCKS: u64 = (128 << 20) / 4096;
 
+/// Full segments after which a slice ends: while one ends nothing is captured.
+const SLICE_SEGMENTS: u32 = 8;
+
 /// What one slice came to.
 struct Slice {
     cursor: u64,
-    made: Option<(SegmentRef, Directory)>,
+    made: Vec<(SegmentRef, Directory)>,
 }
 
 impl Conductor {
-    /// Scans up to the end of one segment.
+    /// Scans up to the end of one slice.
     pub(super) fn scan_some(&mut self) -> std::result::Result<Duration, Trouble> {
         self.enter(Phase::Scanning);
         if self.is_over_budget()? {
@@ -76,16 +76,16 @@ impl Conductor {
             .and_then(|tables| tables.get(index))
             .ok_or_else(gone)?;
         let (disk, progress) = (&self.disks[index], &self.scan.disks[position]);
-        let name = SegmentName {
+        let first = next_number(progress);
+        let place = Place {
+            folder: self.state.copy(),
+            file: segment_file,
             generation: self.machine.generation,
-            first_epoch: progress.epoch,
-            last_epoch: progress.epoch,
-            number: next_number(progress),
+            epoch: progress.epoch,
+            numbers: first..first.saturating_add(self.segments_of_slice()),
         };
-        let path = self.copied_file(&disk.config.name, &name);
-        let seal = SegmentSeal::begin(name, &disk.owner)?;
-        let current = Current::new(Arc::clone(&seal));
-        let mut writer = SegmentWriter::create(&path, seal)?;
+        let mut roll = SegmentRoll::new(place, &disk.owner)?;
+        let current = roll.current();
         let settings = Settings {
             keys: self.vault.keys(),
             current: &current,
@@ -111,7 +111,7 @@ impl Conductor {
                     return Err(Stop::error());
                 }
                 empty &= frame.runs.is_empty();
-                writer.append(&frame)?;
+                roll.append(&frame)?;
                 cursor = end_block;
                 let slice_blocks = if empty {
                     EMPTY_SLICE_BLOCKS
@@ -120,43 +120,41 @@ impl Conductor {
                 };
                 // Whoever asks for something does not wait for the end of a slice.
                 let enough =
-                    writer.is_full() || cursor - begin >= slice_blocks || !self.events.is_empty();
+                    roll.is_full() || cursor - begin >= slice_blocks || !self.events.is_empty();
                 Ok(if enough { Flow::Stop } else { Flow::Continue })
             },
         )?;
-        if empty {
-            drop(writer);
-            crate::spool::files::remove_if_present(&path)?;
-            return Ok(Slice { cursor, made: None });
+        let made = roll.finish()?;
+        if !made.is_empty() {
+            sync_folder(&self.state.copy())?;
         }
-        let made = writer.finish()?;
-        sync_folder(&self.state.copy())?;
-        Ok(Slice {
-            cursor,
-            made: Some(made),
-        })
+        Ok(Slice { cursor, made })
     }
 
-    fn copied_file(&self, disk: &str, name: &SegmentName) -> PathBuf {
-        self.state.copy().join(segment_file(disk, name))
+    /// How many segments a slice may have, so that what waits for upload keeps to its budget.
+    fn segments_of_slice(&self) -> u32 {
+        let budget = self.config.spool_budget_bytes;
+        let room = budget.saturating_sub(self.board.status().spool_bytes);
+        // Some of them are open at the same time.
+        let fitting = (room / SEGMENT_BYTES_TARGET / 2).max(1);
+        u32::try_from(fitting).map_or(SLICE_SEGMENTS, |fitting| fitting.min(SLICE_SEGMENTS))
     }
 
     fn keep_slice(&mut self, index: usize, position: usize, slice: Slice) -> Result<()> {
         let mut scan = self.scan.clone();
         let progress = &mut scan.disks[position];
         progress.cursor = slice.cursor;
-        if let Some((segment, _)) = &slice.made {
-            progress.segments.push(segment.clone());
-        }
+        let made = slice.made.iter().map(|(segment, _)| segment.clone());
+        progress.segments.extend(made);
         let disk = progress.name.clone();
         self.state.save_scan(&scan)?;
         self.scan = scan;
-        let Some((segment, directory)) = slice.made else {
-            return Ok(());
-        };
-        let epoch = segment.name.0.last_epoch;
-        self.apply(index, epoch, &directory)?;
-        self.uploader.queue(Job::Copied { disk, segment });
+        for (segment, directory) in slice.made {
+            let epoch = segment.name.0.last_epoch;
+            self.apply(index, epoch, &directory)?;
+            let disk = disk.clone();
+            self.uploader.queue(Job::Copied { disk, segment });
+        }
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! the one before, so that both are open until nobody holds the older one any more. In which of them a frame
 //! stands does not matter: segments of one epoch have no block in common.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -27,6 +28,8 @@ pub struct Place {
     pub generation: u64,
     /// The epoch that is captured.
     pub epoch: Epoch,
+    /// Numbers of the segments; where they are used up the last one takes whatever comes.
+    pub numbers: Range<u32>,
 }
 
 /// Segments that are being written.
@@ -57,12 +60,12 @@ impl SegmentRoll {
     ///
     /// The system has no random numbers.
     pub fn new(place: Place, owner: &Owner) -> Result<Self> {
-        let first = begin(&place, owner, 0)?;
+        let first = begin(&place, owner, place.numbers.start)?;
         Ok(Self {
+            next_number: place.numbers.start.saturating_add(1),
             place,
             owner: owner.clone(),
             current: Arc::new(Current::new(first)),
-            next_number: 1,
             open: Vec::new(),
             made: Vec::new(),
         })
@@ -71,6 +74,15 @@ impl SegmentRoll {
     /// The segment that frames are to be made for.
     pub fn current(&self) -> Arc<Current> {
         Arc::clone(&self.current)
+    }
+
+    /// Whether the last segment that there may be is full.
+    pub fn is_full(&self) -> bool {
+        self.next_number >= self.place.numbers.end
+            && self
+                .open
+                .iter()
+                .any(|writer| writer.is_full() && writer.is_of(&self.current.get()))
     }
 
     /// Adds a frame, none of whose blocks was added before.
@@ -96,7 +108,10 @@ impl SegmentRoll {
         };
         let writer = &mut self.open[index];
         writer.append(frame)?;
-        if writer.is_full() && writer.is_of(&self.current.get()) {
+        if writer.is_full()
+            && self.next_number < self.place.numbers.end
+            && writer.is_of(&self.current.get())
+        {
             self.current
                 .set(begin(&self.place, &self.owner, self.next_number)?);
             self.next_number += 1;
@@ -176,7 +191,7 @@ mod tests {
     }
 
     /// Several threads make frames while segments become full; each frame opens in the segment that it stands in.
-    fn rolls(keys: &Keys) {
+    fn rolls(keys: &Keys, numbers: Range<u32>) -> usize {
         let folder = tempfile::tempdir().unwrap();
         let owner = owner(keys.clone());
         let place = Place {
@@ -184,6 +199,7 @@ mod tests {
             file: |disk, name| format!("{disk}-{}", name.number),
             generation: 1,
             epoch: Epoch(5),
+            numbers,
         };
         let mut roll = SegmentRoll::new(place, &owner).unwrap();
         let (frames, made) = crossbeam_channel::bounded(8);
@@ -204,7 +220,7 @@ mod tests {
             }
         });
         let segments = roll.finish().unwrap();
-        assert!(segments.len() >= 3, "{}", segments.len());
+        assert_eq!(segments[0].0.name.0.number, 3);
         let mut seen = BTreeSet::new();
         for (segment, _) in &segments {
             let path = folder.path().join(format!("d-{}", segment.name.0.number));
@@ -221,13 +237,17 @@ mod tests {
             }
         }
         assert_eq!(seen.len() as u64, FRAMES);
+        segments.len()
     }
 
     #[test]
     fn frames_of_several_threads_open_where_they_stand() {
-        rolls(&Keys::derive(&[3; 32]));
+        let count = rolls(&Keys::derive(&[3; 32]), 3..u32::MAX);
+        assert!(count >= 3, "{count}");
         let root = Secret::copy_of(&[3; 32]);
-        rolls(&Keys::derive_sealing(&root, [7; 16], Cipher::preferred()).unwrap());
+        let sealing = Keys::derive_sealing(&root, [7; 16], Cipher::preferred()).unwrap();
+        rolls(&sealing, 3..u32::MAX);
+        assert_eq!(rolls(&sealing, 3..5), 2);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use zerocopy::{FromZeros, IntoBytes};
 
 use tracker::extent::Extent;
@@ -23,6 +24,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::keys::{Check, Fingerprint};
 use crate::segment::reference::SegmentRef;
 
+/// Whenever so much has been added the system is told to write it to the disk, so that little is left for the sync. While that
+/// lasts, nothing else of the capture goes on for long.
+const WRITE_OUT_BYTES: u64 = 4 << 20;
+
 /// A segment that is being written.
 #[derive(Debug)]
 pub struct SegmentWriter {
@@ -30,6 +35,8 @@ pub struct SegmentWriter {
     file: BufWriter<File>,
     seal: Arc<SegmentSeal>,
     offset: u64,
+    /// So far the system was told to write to the disk.
+    written_out: u64,
     frames: Vec<Frame>,
     extents: Vec<ExtentEntry>,
     fingerprints: Vec<Fingerprint>,
@@ -58,6 +65,7 @@ impl SegmentWriter {
             file,
             seal,
             offset: HEADER_BYTES as u64,
+            written_out: 0,
             frames: Vec::new(),
             extents: Vec::new(),
             fingerprints: Vec::new(),
@@ -123,6 +131,7 @@ impl SegmentWriter {
             });
             self.offset += frame.stored.len() as u64;
             self.fingerprints.extend_from_slice(&frame.fingerprints);
+            self.write_out();
         }
         for run in &frame.runs {
             match run.frame_block {
@@ -137,6 +146,24 @@ impl SegmentWriter {
             }
         }
         Ok(())
+    }
+
+    /// Tells the system to begin with what has been added.
+    fn write_out(&mut self) {
+        let written = self.offset - self.file.buffer().len() as u64;
+        let added = written.saturating_sub(self.written_out);
+        if added < WRITE_OUT_BYTES {
+            return;
+        }
+        let (from, length) = (self.written_out as i64, added as i64);
+        // A hint: what fails here fails in the sync, too.
+        let _hint = posix_fadvise(
+            self.file.get_ref(),
+            from,
+            length,
+            PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+        );
+        self.written_out = written;
     }
 
     /// Adds blocks that are zero, none of which was added before.
