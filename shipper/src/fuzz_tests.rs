@@ -209,7 +209,9 @@ fn manifest(number: u64) -> Manifest {
         previous: Epoch(number % 3),
         created: jiff::Timestamp::UNIX_EPOCH,
         consistency: Consistency::Crash,
-        reason: (number % 2 == 0).then(|| "the agent is gone".to_owned()),
+        reason: number
+            .is_multiple_of(2)
+            .then(|| "the agent is gone".to_owned()),
         disks: vec![disk("a"), disk("b")],
     }
 }

@@ -10,7 +10,7 @@ use std::process::Command;
 use tests::emulators::tool;
 use tests::process::{Outcome, run, workspace};
 use tests::seed::Random;
-use tests::site::{Site, assert_same, files_below};
+use tests::site::{Site, assert_same, files_below, machine_folder};
 
 const MIB: u64 = 1 << 20;
 const PASSPHRASE: &str = "Nobody has this one.";
@@ -237,6 +237,40 @@ fn a_changed_byte_of_an_encrypted_vault_is_refused() {
     }
     // vault.json, the key table, the manifest and the disk's segments at least.
     assert!(refused >= 9, "{refused} were refused");
+}
+
+#[test]
+fn a_point_that_is_set_aside_is_not_the_latest() {
+    let Some(reader) = Reader::find() else { return };
+    for encrypted in [true, false] {
+        let world = World::new("zstd:1", encrypted);
+        let key_file = world.site.key_file();
+        let secret = match encrypted {
+            true => &["--key-file", key_file.to_str().unwrap()][..],
+            false => &[],
+        };
+        let (vault, target) = (world.site.vault(), world.target());
+        let (newest, _) = world.points.last().unwrap();
+        let manifest = machine_folder(&vault).join(format!("points/{newest}.manifest"));
+        let mut content = fs::read(&manifest).unwrap();
+        content[60] ^= 1;
+        fs::write(&manifest, content).unwrap();
+        world.site.shipper(&["verify", "--repair"]).failure();
+        let said = reader
+            .restore(&vault, "m1", newest, secret, &target)
+            .failure();
+        assert!(said.contains("is set aside"), "{said}");
+        let (point, copy) = &world.points[1];
+        let said = reader.restore(&vault, "m1", "latest", secret, &target);
+        assert!(said.success().contains(point.as_str()));
+        assert_same(copy, &target);
+        let arguments = [&["--list"], secret].concat();
+        let listed = run(&mut reader.command(&vault, "m1", &arguments)).success();
+        assert!(
+            listed.contains(&format!("{newest}  set aside: ")),
+            "{listed}"
+        );
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 use tests::nbd::Client;
@@ -541,6 +542,65 @@ fn only_the_holder_of_the_machine_repairs() {
         "{}",
         said.err
     );
+}
+
+/// Begins a repair and kills it at the first line like this.
+fn kill_repair(world: &World, line: &str) {
+    let mut command = world
+        .site
+        .shipper_command(&["verify", "--data", "--repair"]);
+    let repair = Daemon::spawn("repair", &mut command);
+    let found = repair.await_line(Duration::from_secs(60), |said| said.starts_with(line));
+    assert!(found.is_some(), "{}", repair.log());
+    repair.kill();
+}
+
+#[test]
+fn a_repair_that_is_killed_goes_on() {
+    for encrypted in [true, false] {
+        let mut world = World::new("killed", "zstd:1", encrypted);
+        let before = world.objects();
+        (0..3).for_each(|index| damage_frames(&world.segment(index)));
+        kill_repair(&world, "Repaired");
+        world
+            .site
+            .shipper(&["verify", "--data", "--repair"])
+            .success();
+        assert!(world.objects() == before);
+        fs::remove_file(world.segment(1)).unwrap();
+        kill_repair(&world, "Set aside");
+        // It may have got to its end before that.
+        let _said = world.site.shipper(&["verify", "--data", "--repair"]);
+        world.is_clean();
+        world.refuses(1, &["missing"]);
+        world.refuses(2, &["missing"]);
+        world.check_latest(0);
+        world.goes_on();
+    }
+}
+
+#[test]
+fn guests_write_on_while_their_disk_is_read() {
+    let mut world = World::new("guests", "zstd:1", true);
+    let before = world.objects();
+    for _ in 0..4 {
+        (0..3).for_each(|index| damage_frames(&world.segment(index)));
+        let mut command = world
+            .site
+            .shipper_command(&["verify", "--data", "--repair"]);
+        let mut repair = Daemon::spawn("repair", &mut command);
+        while repair.is_running() {
+            // Beside what was shipped, and a block of it with what it has.
+            let content = world.content(64 << 10);
+            world.client.write(6 * AREA, &content).unwrap();
+            let same = world.client.read(0, 4096).unwrap();
+            world.client.write(0, &same).unwrap();
+        }
+        let (status, said) = repair.outcome(Duration::from_secs(60));
+        assert!(status.success(), "{said}");
+        assert!(world.objects() == before);
+    }
+    world.goes_on();
 }
 
 #[test]

@@ -205,7 +205,7 @@ impl Foundation {
         for epoch in points.iter().rev() {
             let mut manifest = match vault.manifest(machine, *epoch) {
                 Err(error) if aside.contains_key(epoch) && is_lost(&error) => continue,
-                result => result?,
+                result => result.map_err(cannot_be_built_on)?,
             };
             for disk in &mut manifest.disks {
                 found.leave_out(disk);
@@ -239,6 +239,14 @@ impl Foundation {
         };
         manifest.disks.iter().any(of_disk)
     }
+}
+
+fn cannot_be_built_on(error: Error) -> Error {
+    if !is_lost(&error) {
+        return error;
+    }
+    let what = "The newest recovery point cannot be built on: run `shipper verify --repair`";
+    Error::new(error.kind(), what).with_source(error)
 }
 
 /// Whether an error says that an object is not what it should be, rather than that it cannot be read just now.
