@@ -12,7 +12,7 @@ use serde_json::Value;
 use shipper::vault::Vault;
 use tests::nbd::Client;
 use tests::process::{Daemon, run};
-use tests::site::{Site, assert_same, await_status, files_below, number};
+use tests::site::{Site, assert_same, await_status, files_below, machine_folder, number};
 use tracker::extent::Epoch;
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -78,6 +78,12 @@ impl World {
             }
         }
         panic!("{point} stays");
+    }
+
+    /// The manifest of a recovery point.
+    fn manifest(&self, point: &str) -> PathBuf {
+        let machine = machine_folder(&self.site.vault());
+        machine.join("points").join(format!("{point}.manifest"))
     }
 
     /// Nothing that was there is there with other content.
@@ -186,6 +192,7 @@ fn an_old_state_folder_is_known_as_one() {
     world.site.shipper(&["prune"]).success();
     let points = world.site.points();
     assert!(!points.contains(&removed), "{points:?}");
+    assert!(!world.manifest(&removed).exists(), "the object is gone too");
     assert_eq!(points.last(), Some(&kept));
     // A clone in another place, and the old folder in the place of the new one.
     let other = world.other_config(&old);
@@ -290,6 +297,10 @@ fn retention_removes_and_says_so() {
     await_status(&world.site, "what was removed", |status| {
         number(status, "/retention/removed_points") >= count
     });
+    // And removes by itself, when the grace period is over.
+    let gone = world.points[1].0.clone();
+    let is_gone = |_: &Value| !world.manifest(&gone).exists();
+    await_status(&world.site, "a manifest that is gone", is_gone);
     let points = world.site.points();
     assert!(points.contains(&pinned) && points.contains(&world.points.last().unwrap().0));
     assert!(count > 0 && points.len() as u64 == world.points.len() as u64 - count);
