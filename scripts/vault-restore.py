@@ -288,9 +288,27 @@ class Vault:
         return f"{self.machine_prefix(machine)}/disks/{folder}/segments/{name}.segment"
 
     def points(self, machine):
-        """Epochs of the recovery points, as 16 digits, ascending."""
+        """Epochs of the recovery points, as 16 digits, ascending; those that a boundary makes void are none."""
         names = self.names(f"{self.machine_prefix(machine)}/points")
-        return [name[:16] for name in names if re.fullmatch(r"[0-9a-f]{16}\.manifest", name)]
+        epochs = [name[:16] for name in names if re.fullmatch(r"[0-9a-f]{16}\.manifest", name)]
+        boundary = self.boundary(machine)
+        if boundary is None:
+            return epochs
+        return [epoch for epoch in epochs if self.is_point(machine, int(epoch, 16), boundary)]
+
+    def boundary(self, machine):
+        """The newest boundary, if there is one."""
+        prefix = f"{self.machine_prefix(machine)}/boundaries"
+        numbers = [name for name in self.names(prefix) if re.fullmatch(r"[0-9a-f]{16}", name)]
+        if not numbers:
+            return None
+        return self.record(f"{prefix}/{numbers[-1]}", "boundary", machine, numbers[-1])
+
+    def is_point(self, machine, epoch, boundary):
+        if epoch <= boundary["through"]:
+            return epoch in boundary["kept"]
+        manifest = self.manifest(machine, f"{epoch:016x}")
+        return manifest["generation"] >= boundary["generation"] and manifest["previous"] >= boundary["through"]
 
     def set_aside(self, machine):
         """Why points are set aside, by their epochs."""

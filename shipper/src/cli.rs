@@ -119,6 +119,23 @@ pub enum Command {
         #[arg(long, requires = "config")]
         repair: bool,
     },
+    #[command(flatten)]
+    Retain(RetainCommand),
+    /// Freeze, hold and thaw; `run` starts it
+    #[command(hide = true)]
+    QuiesceGuard,
+    /// Become a command of a hook; the guard starts it
+    #[command(hide = true)]
+    QuiesceExec {
+        /// The command and its arguments
+        #[arg(last = true, required = true)]
+        words: Vec<String>,
+    },
+}
+
+/// The commands on what stays and what goes.
+#[derive(Debug, Subcommand)]
+pub enum RetainCommand {
     /// Remove the recovery points that [retention] in the configuration does not keep, and what only they need
     Prune {
         #[command(flatten)]
@@ -154,16 +171,6 @@ pub enum Command {
         /// Those for this reason alone
         #[arg(long, value_name = "REASON")]
         reason: Option<PinReason>,
-    },
-    /// Freeze, hold and thaw; `run` starts it
-    #[command(hide = true)]
-    QuiesceGuard,
-    /// Become a command of a hook; the guard starts it
-    #[command(hide = true)]
-    QuiesceExec {
-        /// The command and its arguments
-        #[arg(last = true, required = true)]
-        words: Vec<String>,
     },
 }
 

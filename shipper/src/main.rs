@@ -114,28 +114,7 @@ fn carry_out(command: Command) -> Result<()> {
             let (vault, machine) = place.open()?;
             verify_vault(&vault, machine, data, set_aside)
         }
-        Command::Prune {
-            config,
-            dry_run,
-            json,
-        } => retain::prune(&config.load()?, dry_run, json),
-        Command::Pin {
-            place,
-            point,
-            reason,
-            label,
-        } => {
-            let (vault, machine) = place.open()?;
-            retain::pin(&vault, &machine, parse_point(&point)?, reason, &label)
-        }
-        Command::Unpin {
-            place,
-            point,
-            reason,
-        } => {
-            let (vault, machine) = place.open()?;
-            retain::unpin(&vault, &machine, parse_point(&point)?, reason)
-        }
+        Command::Retain(command) => retain::carry_out(command),
         Command::QuiesceGuard => shipper::quiesce::guard::run(),
         Command::QuiesceExec { words } => shipper::quiesce::become_command(&words),
     }

@@ -12,14 +12,47 @@ use shipper::vault::prune::{Pruner, Removed, Report};
 use shipper::vault::{Vault, generation};
 use tracker::extent::Epoch;
 
+use crate::cli::{RetainCommand, parse_point};
 use crate::{print, show};
+
+/// Carries one of them out.
+///
+/// # Errors
+///
+/// What the command says.
+pub fn carry_out(command: RetainCommand) -> Result<()> {
+    match command {
+        RetainCommand::Prune {
+            config,
+            dry_run,
+            json,
+        } => prune(&config.load()?, dry_run, json),
+        RetainCommand::Pin {
+            place,
+            point,
+            reason,
+            label,
+        } => {
+            let (vault, machine) = place.open()?;
+            pin(&vault, &machine, parse_point(&point)?, reason, &label)
+        }
+        RetainCommand::Unpin {
+            place,
+            point,
+            reason,
+        } => {
+            let (vault, machine) = place.open()?;
+            unpin(&vault, &machine, parse_point(&point)?, reason)
+        }
+    }
+}
 
 /// Removes what retention does not keep, or says what it would remove.
 ///
 /// # Errors
 ///
 /// There is no retention, another generation has taken over, or the vault fails.
-pub fn prune(config: &Config, dry_run: bool, json: bool) -> Result<()> {
+fn prune(config: &Config, dry_run: bool, json: bool) -> Result<()> {
     let retention = config.retention.as_ref().ok_or_else(no_retention)?;
     if dry_run {
         let report = rehearse(config, retention)?;
@@ -103,7 +136,7 @@ fn show_report(report: &Report, removed: Option<Removed>, tense: &str, json: boo
 /// # Errors
 ///
 /// There is no such point.
-pub fn pin(
+fn pin(
     vault: &Vault,
     machine: &str,
     point: Option<Epoch>,
@@ -127,7 +160,7 @@ pub fn pin(
 /// # Errors
 ///
 /// There are none.
-pub fn unpin(
+fn unpin(
     vault: &Vault,
     machine: &str,
     point: Option<Epoch>,

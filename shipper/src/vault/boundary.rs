@@ -323,3 +323,106 @@ pub(super) fn contended(machine: &str) -> Error {
         ),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn boundary() -> Boundary {
+        Boundary {
+            number: 2,
+            generation: 3,
+            through: Epoch(9),
+            kept: vec![Epoch(4), Epoch(9)],
+            leaving: vec![Epoch(5)],
+            doomed: Vec::new(),
+            created: jiff::Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn manifest(epoch: u64, generation: u64, previous: u64) -> Manifest {
+        Manifest {
+            vault: String::new(),
+            machine: "m".to_owned(),
+            generation,
+            epoch: Epoch(epoch),
+            previous: Epoch(previous),
+            created: jiff::Timestamp::UNIX_EPOCH,
+            consistency: super::super::manifest::Consistency::Crash,
+            reason: None,
+            disks: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_is_void() {
+        for (epoch, generation, previous, accepted) in [
+            (4, 1, 3, true),
+            (5, 3, 4, false),
+            (8, 9, 9, false),
+            (9, 3, 5, true),
+            (10, 3, 9, true),
+            (12, 4, 10, true),
+            (10, 2, 9, false),
+            (10, 3, 8, false),
+        ] {
+            let manifest = manifest(epoch, generation, previous);
+            assert_eq!(boundary().accepts(&manifest), accepted, "{manifest:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_contradict_each_other_are_refused() {
+        assert!(boundary().validate(2).is_ok());
+        let wrong = [
+            boundary(),
+            Boundary {
+                kept: vec![Epoch(9), Epoch(4)],
+                number: 1,
+                ..boundary()
+            },
+            Boundary {
+                kept: vec![Epoch(10)],
+                number: 1,
+                ..boundary()
+            },
+            Boundary {
+                leaving: vec![Epoch(5), Epoch(5)],
+                number: 1,
+                ..boundary()
+            },
+        ];
+        for boundary in wrong {
+            assert!(boundary.validate(1).is_err(), "{boundary:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_void_stays_void(
+            points in prop::collection::vec((1..30_u64, 1..5_u64, 0..30_u64), 0..20),
+            removed in prop::collection::btree_set((1..30_u64).prop_map(Epoch), 0..8),
+        ) {
+            let before = boundary();
+            let manifests: Vec<Manifest> = points
+                .into_iter()
+                .map(|(epoch, generation, previous)| manifest(epoch, generation, previous))
+                .collect();
+            let valid = manifests.iter().filter(|manifest| before.accepts(manifest));
+            let view = View {
+                points: valid.map(|manifest| (manifest.epoch, None)).collect(),
+                before: Some(Arc::new(before.clone())),
+                returning: BTreeSet::new(),
+                void: Vec::new(),
+                pins: BTreeMap::new(),
+            };
+            let next = view.next(3, &removed, BTreeSet::new());
+            for manifest in &manifests {
+                let known = view.points.contains_key(&manifest.epoch);
+                prop_assert!(!next.accepts(manifest) || known || manifest.epoch > next.through);
+                prop_assert!(before.accepts(manifest) || !next.accepts(manifest) || known);
+            }
+        }
+    }
+}

@@ -238,7 +238,7 @@ fn classes(point: &Candidate) -> &'static [Class] {
 /// Ages of points, and who has which slot.
 struct Ladder<'a> {
     policy: &'a Policy,
-    /// What each point counts as: its time, or that of the one before it.
+    /// What each point counts as: its time, or that of the next one.
     times: Vec<i64>,
     ages: Vec<u64>,
     /// The position of the point that has a slot, by rung and slot, among all and among those that are consistent for
@@ -302,14 +302,16 @@ fn slot(rung: &Rung, time: i64) -> i64 {
     time.div_euclid(i64::try_from(rung.interval_seconds).unwrap_or(i64::MAX))
 }
 
+/// The times of points. One that cannot be read has that of the next one, so that it is not older for what lies before it.
 fn times(points: &[Candidate]) -> Vec<i64> {
-    let first = points.iter().find_map(|point| point.created_seconds);
-    let mut last = first.unwrap_or(0);
-    let mut times = Vec::with_capacity(points.len());
-    for point in points {
-        last = point.created_seconds.unwrap_or(last);
-        times.push(last);
+    let newest = points.iter().rev().find_map(|point| point.created_seconds);
+    let mut next = newest.unwrap_or(0);
+    let mut times: Vec<i64> = Vec::with_capacity(points.len());
+    for point in points.iter().rev() {
+        next = point.created_seconds.unwrap_or(next);
+        times.push(next);
     }
+    times.reverse();
     times
 }
 

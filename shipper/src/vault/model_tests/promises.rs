@@ -132,12 +132,14 @@ impl Promises {
         found
     }
 
-    /// The first promise that is broken. Where a run repeats another nothing is looked at again.
-    pub fn check(&self, journal: &Journal, is_new: bool) -> Option<String> {
-        if !is_new {
-            return None;
-        }
+    /// The first promise that is broken; `told`: an actor has just been told something.
+    pub fn check(&self, journal: &Journal, told: bool) -> Option<String> {
         let found = self.look();
+        if let (true, Some(Event::Acknowledged(_, epoch, _))) = (told, journal.events.last())
+            && !found.valid.contains(epoch)
+        {
+            return Some(format!("{epoch} is acknowledged and void"));
+        }
         let whole = found
             .valid
             .iter()

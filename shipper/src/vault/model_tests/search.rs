@@ -200,23 +200,23 @@ impl<'a> Run<'a> {
             let changes = self.memory.changes();
             self.carry_out(action);
             let mut journal = self.journal.lock().unwrap();
-            let changed = self.memory.changes() != changes || journal.is_new();
-            broken = changed
-                .then(|| promises.check(&journal, depth >= known))
-                .flatten();
-            let told = journal.hash();
-            drop(journal);
-            if broken.is_some() {
-                break;
+            let told = journal.is_new();
+            let changed = self.memory.changes() != changes || told;
+            if depth < known {
+                continue;
             }
             let state = (
-                (self.memory.hash(), told),
+                (self.memory.hash(), journal.hash()),
                 self.places.clone(),
                 self.current,
                 self.preemptions,
                 self.deaths,
             );
-            if depth >= known && !visited.insert(state) {
+            if !visited.insert(state) {
+                break;
+            }
+            broken = changed.then(|| promises.check(&journal, told)).flatten();
+            if broken.is_some() {
                 break;
             }
         }
