@@ -305,7 +305,7 @@ fn a_manifest_that_comes_back_is_no_point() {
             .failure();
         assert!(said.contains("has no recovery point"), "{said}");
         let (newest, _) = world.points.last().unwrap();
-        assert_eq!(world.site.points(), [newest.clone()]);
+        assert_eq!(&world.site.points(), std::slice::from_ref(newest));
     }
 }
 

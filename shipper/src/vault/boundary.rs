@@ -129,7 +129,7 @@ pub fn at(vault: &Vault, machine: &str, number: u64) -> Result<Option<Arc<Bounda
 /// `Corrupt`: it is damaged. Other kinds: the store cannot be read.
 pub fn newest(vault: &Vault, machine: &str) -> Result<Option<Arc<Boundary>>> {
     let mut newest = match vault.known_boundary(machine) {
-        Some(known) => Some(known),
+        Some(known) => known,
         None => listed(vault, machine)?,
     };
     loop {
@@ -139,9 +139,8 @@ pub fn newest(vault: &Vault, machine: &str) -> Result<Option<Arc<Boundary>>> {
             None => break,
         }
     }
-    if let Some(newest) = &newest {
-        vault.know_boundary(machine, Arc::clone(newest));
-    }
+    // That there is none is known as well: nothing is listed for each point.
+    vault.know_boundary(machine, newest.clone());
     Ok(newest)
 }
 

@@ -78,7 +78,7 @@ pub struct Vault {
     keys: Keys,
     url: String,
     /// The newest known boundary of each machine: a later one has a higher number.
-    boundaries: Arc<Mutex<BTreeMap<String, Arc<Boundary>>>>,
+    boundaries: Arc<Mutex<BTreeMap<String, Option<Arc<Boundary>>>>>,
 }
 
 impl fmt::Debug for Vault {
@@ -341,14 +341,14 @@ impl Vault {
         }
     }
 
-    /// The newest boundary of a machine that has been read.
-    fn known_boundary(&self, machine: &str) -> Option<Arc<Boundary>> {
+    /// The newest boundary of a machine that has been read; `None`: they were not looked at yet.
+    fn known_boundary(&self, machine: &str) -> Option<Option<Arc<Boundary>>> {
         let known = self.boundaries.lock();
         let known = known.unwrap_or_else(PoisonError::into_inner);
         known.get(machine).cloned()
     }
 
-    fn know_boundary(&self, machine: &str, newest: Arc<Boundary>) {
+    fn know_boundary(&self, machine: &str, newest: Option<Arc<Boundary>>) {
         let known = self.boundaries.lock();
         let mut known = known.unwrap_or_else(PoisonError::into_inner);
         known.insert(machine.to_owned(), newest);
