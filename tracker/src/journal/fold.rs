@@ -30,7 +30,13 @@ impl Journal {
     /// coverage.
     pub fn maintain(&self) -> Result<()> {
         let capacity = self.ring().capacity();
-        if self.ring().used() * 100 > capacity * FOLD_ABOVE_PERCENT {
+        // A worker that was refused may say so when others have filled a ring again that was folded meanwhile. It takes
+        // no records from then on, so it would never come to be folded for its fill.
+        let above = match self.core().is_direct() {
+            true => FOLD_DOWN_TO_PERCENT,
+            false => FOLD_ABOVE_PERCENT,
+        };
+        if self.ring().used() * 100 > capacity * above {
             let mut published = self.lock();
             while self.ring().used() * 100 > capacity * FOLD_DOWN_TO_PERCENT {
                 if self.fold_some(&mut published)? == 0 {

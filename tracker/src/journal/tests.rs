@@ -339,6 +339,36 @@ fn fold(journal: &Journal, epoch: u64, first_block: u64) {
     assert!(journal.sets_in_use() > 0);
 }
 
+/// A worker finds the ring full, and before it says so the ring is folded and takes some records of others.
+#[test]
+fn a_ring_that_was_full_takes_records_again_although_it_is_not_nearly_full_any_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, journal) = new_journal(&folder);
+    let journal = std::sync::Arc::new(journal);
+    past_first_epoch(&journal);
+    let capacity = journal.ring().capacity();
+    let (other, mut refused) = (std::sync::Arc::clone(&journal), false);
+    let between = move |place| {
+        if place == Place::RecordAfterRefusalBeforeAlarm && !refused {
+            refused = true;
+            other.maintain().unwrap();
+            for number in 0..capacity / 8 {
+                write(&other, 2, number * 2, 1);
+            }
+        }
+    };
+    watching(between, || {
+        for number in 0..capacity + 1 {
+            write(&journal, 2, number * 2, 1);
+        }
+    });
+    assert!(journal.is_overflowing());
+    let share = journal.ring().used() * 100 / capacity;
+    assert!((51..70).contains(&share), "{share}%");
+    journal.maintain().unwrap();
+    assert!(!journal.is_overflowing());
+}
+
 #[test]
 fn a_disk_grows_within_its_last_block_its_page_its_room_and_beyond() {
     // Bytes before and after, and the blocks that count as changed then.
