@@ -92,10 +92,15 @@ impl World {
 
     /// Stops the shipper and starts one that makes a recovery point whenever something has changed.
     fn start_hasty(&mut self) {
+        // One that has not released its point reads the vault when it starts again, which may be away by then.
+        await_status(&self.site, "a release", |status| spooled(status) == 0);
         self.shipper.take().unwrap().stop();
         self.site.interval = "50ms".to_owned();
         self.site.write_config();
         self.start();
+        await_status(&self.site, "a tracker that agrees", |status| {
+            status["phase"] == "waiting"
+        });
     }
 
     fn write(&mut self, offset: u64, bytes: u64) {
