@@ -67,14 +67,7 @@ fn prune(config: &Config, dry_run: bool, json: bool) -> Result<()> {
         state => state?,
     };
     state.check_not_fenced()?;
-    let unprotected = || {
-        let shown = config.state.display();
-        let what = format!(
-            "State folder {shown} is of no machine that is protected: run `shipper protect` first"
-        );
-        Error::new(ErrorKind::State, what)
-    };
-    let machine = state.machine()?.ok_or_else(unprotected)?;
+    let machine = state.protected()?;
     let vault = Vault::open(&config.vault, &config.access)?;
     machine.check(config, &vault)?;
     let spool = Spool::open(&state.spool())?;

@@ -215,14 +215,7 @@ impl Conductor {
         sender: &Sender<Event>,
         events: Receiver<Event>,
     ) -> Result<Self> {
-        let unprotected = || {
-            let what = format!(
-                "State folder {} is of no machine that is protected: run `shipper protect` first",
-                config.state.display()
-            );
-            Error::new(ErrorKind::State, what)
-        };
-        let machine = state.machine()?.ok_or_else(unprotected)?;
+        let machine = state.protected()?;
         let vault = Vault::open(&config.vault, &config.access)?;
         machine.check(&config, &vault)?;
         generation::check(&vault, &config.machine, machine.generation)?;

@@ -241,6 +241,21 @@ impl StateFolder {
         self.root.join("scan.json")
     }
 
+    /// What `shipper protect` left.
+    ///
+    /// # Errors
+    ///
+    /// `State`: it has not been run. Otherwise as for [`Self::machine`].
+    pub fn protected(&self) -> Result<MachineState> {
+        self.machine()?.ok_or_else(|| {
+            let shown = self.root.display();
+            let what = format!(
+                "State folder {shown} is of no machine that is protected: run `shipper protect` first"
+            );
+            Error::new(ErrorKind::State, what)
+        })
+    }
+
     /// What `shipper protect` left; `None` if it has not been run.
     ///
     /// # Errors

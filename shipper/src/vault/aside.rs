@@ -140,13 +140,8 @@ pub fn epochs(vault: &Vault, machine: &str) -> Result<BTreeSet<Epoch>> {
 ///
 /// The store fails.
 pub fn list_each(vault: &Vault, machine: &str) -> Result<Vec<(Epoch, Result<Aside>)>> {
-    let prefix = layout::aside_prefix(&vault.keys().machine_in_keys(machine));
-    let listed = vault.store().list(&prefix)?;
-    let epochs = listed
-        .iter()
-        .filter_map(|object| layout::aside_of(&object.key));
     let mut found = Vec::new();
-    for epoch in epochs {
+    for epoch in epochs(vault, machine)? {
         match read(vault, machine, epoch) {
             Err(error) if error.kind() == ErrorKind::Missing => {}
             Err(error) if error.kind() != ErrorKind::Corrupt => return Err(error),

@@ -74,14 +74,7 @@ pub fn repair(
     on_line: &mut dyn FnMut(&str),
 ) -> Result<RepairReport> {
     let state = StateFolder::open(&config.state)?;
-    let unprotected = || {
-        let shown = config.state.display();
-        let what = format!(
-            "State folder {shown} is of no machine that is protected: run `shipper protect` first"
-        );
-        Error::new(ErrorKind::State, what)
-    };
-    let held = state.machine()?.ok_or_else(unprotected)?;
+    let held = state.protected()?;
     let vault = Vault::open(&config.vault, &config.access)?;
     held.check(config, &vault)?;
     state.make_folders()?;
